@@ -56,7 +56,7 @@ def triage_prompt(message: str) -> list[dict[str, str]]:
 
 
 def load_triage() -> DatasetDict:
-    """The 648 customer messages in three splits.
+    """The 684 customer messages in three splits.
 
     Columns: message, category, urgency, product, order (strings; the last two may be None), and
     made from them prompt (system and user message), completion (the ticket as JSON) and source

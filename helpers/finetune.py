@@ -33,6 +33,7 @@ from helpers.diagnosis import diagnose
 from helpers.memory import peak_memory_bytes
 
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves every weight, so it needs smaller steps
+WATCHED_ROWS = 48  # enough to see the trend while training; more would cost more than they tell
 
 
 def finetune(
@@ -100,6 +101,9 @@ def finetune(
         model = training.add_adapter(model, chosen)
     trainable, total = training.trainable_parameters(model)
     print(f"{method}: training {trainable:,} of {total:,} weights ({trainable / total:.2%})")
+    watched = features["validation"].shuffle(seed=0)
+    watched = watched.select(range(min(WATCHED_ROWS, len(watched))))
+    print(f"while training, the validation loss is that of {len(watched)} rows")
     timer = training.StepTimer()
     trainer = training.make_trainer(
         model,
@@ -111,7 +115,7 @@ def finetune(
             report_to=report_to,
         ),
         features["train"],
-        features["validation"],
+        watched,
         tokenizer,
         (timer, training.OneLineProgress()),
     )

@@ -27,7 +27,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from helpers import CourseError
 from helpers.data import CompletionCollator
-from helpers.models import ready
+from helpers.models import quiet, ready
 from helpers.profiles import Profile
 
 METHODS = ("lora", "qlora", "full")
@@ -50,11 +50,12 @@ def add_adapter(
     model: PreTrainedModel, profile: Profile, rank: int | None = None, **overrides: Any
 ) -> PeftModel:
     """Freeze a model, quantized or not, and add the profile's LoRA adapter to it."""
-    if getattr(model, "is_quantized", False):
-        model = prepare_model_for_kbit_training(
-            model, use_gradient_checkpointing=profile.gradient_checkpointing
-        )
-    return get_peft_model(model, lora_config(profile, rank, **overrides))
+    with quiet():
+        if getattr(model, "is_quantized", False):
+            model = prepare_model_for_kbit_training(
+                model, use_gradient_checkpointing=profile.gradient_checkpointing
+            )
+        return get_peft_model(model, lora_config(profile, rank, **overrides))
 
 
 def training_arguments(
@@ -62,9 +63,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """The profile's `TrainingArguments` for a run of `steps` optimizer steps.
 
-    The validation loss is measured eight times, so that `helpers.diagnosis` has a curve to read.
+    The validation loss is measured six times, so that `helpers.diagnosis` has a curve to read.
     """
-    every = max(1, math.ceil(steps / 8))
+    every = max(1, math.ceil(steps / 6))
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "num_train_epochs": profile.epochs,

@@ -268,12 +268,14 @@ def test_a_row_longer_than_the_context(
 # -- text to token ids -------------------------------------------------------------------------
 
 
-def test_triage_has_its_648_tickets(triage: DatasetDict) -> None:
-    assert triage.num_rows == {"train": 432, "validation": 108, "test": 108}
+def test_triage_rows_have_prompt_answer_and_source(triage: DatasetDict) -> None:
     check_splits(**triage)
-    row = triage["train"][0]
-    assert row["source"] == "train.jsonl:1"
-    assert row["completion"] == [{"role": "assistant", "content": ticket_json(row)}]
+    for name, rows in triage.items():
+        assert rows["source"][:] == [f"{name}.jsonl:{line}" for line in range(1, len(rows) + 1)]
+        for row in rows:
+            assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+            assert row["prompt"][1]["content"] == row["message"]
+            assert row["completion"] == [{"role": "assistant", "content": ticket_json(row)}]
 
 
 @pytest.mark.parametrize("tokenizer_name", ["tiny_tokenizer", "laptop_tokenizer"])

@@ -31,13 +31,23 @@ def ticket(**fields: str | None) -> str:
 # -- answers -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def talkative(tiny_model: PreTrainedModel) -> PreTrainedModel:
+    """The tiny model with larger weights: as it is, it answers everything with line breaks."""
+    with torch.no_grad():
+        for weight in tiny_model.model.layers.parameters():
+            if weight.ndim == 2:
+                weight.mul_(10)
+    return tiny_model
+
+
 def test_answers_do_not_depend_on_batches_or_order(
-    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+    triage: DatasetDict, talkative: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = triage["test"]["prompt"][:12]
 
     def answers(prompts: list[Any], batch_size: int) -> list[str]:
-        return generate_answers(tiny_model, tiny_tokenizer, prompts, 12, batch_size)
+        return generate_answers(talkative, tiny_tokenizer, prompts, 12, batch_size)
 
     one_by_one = answers(prompts, 1)
     assert len(set(one_by_one)) > 6  # else a mix-up could pass unseen
@@ -48,7 +58,7 @@ def test_answers_do_not_depend_on_batches_or_order(
 
 
 def test_answers_are_those_of_a_plain_greedy_loop(
-    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+    triage: DatasetDict, talkative: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = triage["test"]["prompt"][:3]
     expected = []
@@ -60,12 +70,12 @@ def test_answers_are_those_of_a_plain_greedy_loop(
         start = ids.shape[1]
         for _ in range(8):
             with torch.no_grad():
-                likeliest = tiny_model(ids).logits[:, -1].argmax(-1, keepdim=True)
+                likeliest = talkative(ids).logits[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat([ids, likeliest], dim=1)
             if likeliest.item() == tiny_tokenizer.eos_token_id:
                 break
         expected.append(tiny_tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())
-    assert generate_answers(tiny_model, tiny_tokenizer, prompts, max_new_tokens=8) == expected
+    assert generate_answers(talkative, tiny_tokenizer, prompts, max_new_tokens=8) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -105,8 +115,8 @@ def test_the_model_comes_back_as_it_was(
         '"a"',
         "7",
         "null",
-        "7" * 5000,  # longer than the numbers that Python reads
-        "[" * 100_000,  # deeper than the parser goes
+        pytest.param("7" * 5000, id="a longer number than Python reads"),
+        pytest.param("[" * 100_000, id="deeper than the parser goes"),
     ],
 )
 def test_only_a_json_object_alone_is_a_ticket(answer: str) -> None:
@@ -238,8 +248,12 @@ def test_text_that_is_no_ticket_has_no_value_spans() -> None:
 def test_answer_losses_are_those_of_a_plain_loop(
     triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    # One row at a time, no padding, every logit; the values are found by decoding token by token.
-    rows = triage["validation"].select(range(12))
+    # One row at a time, no padding, every logit. A letter in the name of a byte-level token stands
+    # for one byte, so the values are found by counting bytes.
+    train = triage["train"]
+    beyond_ascii_first = sorted(range(len(train)), key=lambda i: ticket_json(train[i]).isascii())
+    rows = train.select(beyond_ascii_first[:12])
+    assert not ticket_json(rows[0]).isascii()
     losses, value_losses = [], []
     for row in rows:
         prompt, answer = split_text(row, tiny_tokenizer)
@@ -247,25 +261,24 @@ def test_answer_losses_are_those_of_a_plain_loop(
         answer_ids = tiny_tokenizer(answer)["input_ids"]
         with torch.no_grad():
             logits = tiny_model(torch.tensor([prompt_ids + answer_ids])).logits[0]
-        in_value = [
-            offset for start, end in value_spans(ticket_json(row)) for offset in range(start, end)
-        ]
-        read = 0
+        values: set[int] = set()
+        for start, end in value_spans(ticket_json(row)):
+            values |= set(range(len(answer[:start].encode()), len(answer[:end].encode())))
+        position = 0
         for index, token in enumerate(answer_ids):
-            log_probabilities = logits[len(prompt_ids) + index - 1].log_softmax(-1)
-            loss = -log_probabilities[token].item()
+            loss = -logits[len(prompt_ids) + index - 1].log_softmax(-1)[token].item()
             losses.append(loss)
-            length = len(tiny_tokenizer.decode([token]))
-            if set(range(read, read + length)) & set(in_value):
+            end = position + len(tiny_tokenizer.convert_ids_to_tokens(token))
+            if values & set(range(position, end)):
                 value_losses.append(loss)
-            read += length
+            position = end
     assert 0 < len(value_losses) < len(losses)
+    expected = {
+        "loss": pytest.approx(sum(losses) / len(losses), abs=1e-5),
+        "value_loss": pytest.approx(sum(value_losses) / len(value_losses), abs=1e-5),
+    }
     for batch_size in (1, 5, 100):
-        result = answer_losses(tiny_model, tiny_tokenizer, rows, batch_size)
-        assert result["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
-        assert result["value_loss"] == pytest.approx(
-            sum(value_losses) / len(value_losses), abs=1e-5
-        )
+        assert answer_losses(tiny_model, tiny_tokenizer, rows, batch_size) == expected
 
 
 def test_prose_has_a_loss_but_no_value_loss(

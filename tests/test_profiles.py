@@ -74,15 +74,15 @@ def test_a_name_overrides_the_environment_variable(monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_name_is_refused_with_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CourseError, match="'laptopp'.*tiny, laptop, falcon-7b"):
+    with pytest.raises(CourseError, match=r"'laptopp'.*tiny, laptop, falcon-7b"):
         pick_profile("laptopp")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "laptopp")
-    with pytest.raises(CourseError, match=f"'laptopp'.*{ENVIRONMENT_VARIABLE}"):
+    with pytest.raises(CourseError, match=rf"'laptopp'.*{ENVIRONMENT_VARIABLE}"):
         pick_profile()
 
 
 def test_falcon_without_a_gpu_is_refused_with_a_way_out() -> None:
-    with pytest.raises(CourseError, match="needs a CUDA GPU.*Use the profile 'laptop'"):
+    with pytest.raises(CourseError, match=r"needs a CUDA GPU.*Use the profile 'laptop'"):
         pick_profile("falcon-7b")
 
 
