@@ -42,11 +42,11 @@ STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
+plt.rcParams.update(STYLE)
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots()
+    figure, axes = plt.subplots()
     axes.set_title(title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -129,7 +129,7 @@ def shares(
             capsize=3,
         )
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.grid(False, axis="x")

@@ -53,7 +53,7 @@ def left_behind(cache: Path) -> list[str]:
 def fetching(cache: Path, gguf: Path) -> Iterator[subprocess.Popen[str]]:
     """Another Python process that brings the model; killed at the end of the block."""
     with subprocess.Popen(
-        [sys.executable, "-c", "from helpers.models import *; fetch_smollm2()"],
+        [sys.executable, "-c", "from helpers.models import fetch_smollm2; fetch_smollm2()"],
         cwd=ROOT,
         env=os.environ | {models.CACHE_VARIABLE: str(cache), models.GGUF_VARIABLE: str(gguf)},
         stdout=subprocess.PIPE,
@@ -241,8 +241,9 @@ def test_the_real_model_in_four_precisions(laptop: Profile) -> None:
 def test_loading_in_4_bits_writes_nothing_to_the_screen() -> None:
     # In a process of its own: bitsandbytes warns when it is imported.
     code = (
-        "from helpers.models import *; from helpers.profiles import PROFILES;"
-        "model = load_model(PROFILES['tiny'], 'nf4'); model(torch.tensor([[5, 6, 7]]))"
+        "import torch; from helpers.models import load_model; "
+        "from helpers.profiles import PROFILES; "
+        "load_model(PROFILES['tiny'], 'nf4')(torch.tensor([[5, 6, 7]]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
