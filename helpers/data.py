@@ -12,6 +12,7 @@ Only the answer is learned: the labels of the prompt are -100, which the loss ig
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -125,17 +126,26 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    content = path.read_bytes()
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                yield reader.line_num, {k: v for k, v in row.items() if k is not None}
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        good = path.read_bytes()[: error.start]
-        line = good.count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from error
+    # strict: a quote that is never closed would otherwise swallow the rest of the file.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row:  # where DictReader puts what has no column
+                raise DataError(
+                    f"{path}:{reader.line_num}: more cells than the header has columns. "
+                    f"Put text that holds a comma in double quotes."
+                )
+            yield reader.line_num, row
     except csv.Error as error:
-        raise DataError(f"{path}: not a CSV file ({error}).") from error
+        raise DataError(
+            f"{path}:{reader.reader.line_num}: not CSV ({error}). Check the double quotes."
+        ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -191,6 +201,10 @@ def _chat(messages: Any, where: str) -> list[dict[str, str]]:
             raise DataError(f"{where} must be text, not {message['content']!r:.40}.")
         if not message["content"].strip():
             raise DataError(f"{where} is empty.")
+        try:
+            message["content"].encode("utf-8")
+        except UnicodeEncodeError as error:  # JSON can write what no text may hold: "\\ud83d"
+            raise DataError(f"{where} holds half a character ({error.reason}).") from error
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 

@@ -82,7 +82,7 @@ def parse(answer: str) -> dict[str, Any] | None:
     """The JSON object that an answer is, or None. Text before or after it counts as a fault."""
     try:
         value = json.loads(answer)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # also numbers too long and lists too deep for Python
         return None
     return value if isinstance(value, dict) else None
 
@@ -141,15 +141,14 @@ def value_spans(answer: str) -> list[tuple[int, int]]:
     """Where the values of a flat JSON object stand in its compact text: [(start, end), ...]."""
     if (values := parse(answer)) is None:
         return []
-    spans, position = [], 0
+    spans, text = [], "{"
     for key, value in values.items():
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-        start = answer.find(text, position + len(json.dumps(key, ensure_ascii=False)))
-        if start < 0:
-            return []
-        spans.append((start, start + len(text)))
-        position = start + len(text)
-    return spans
+        text += json.dumps(key, ensure_ascii=False) + ":"
+        start = len(text)
+        text += json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        spans.append((start, len(text)))
+        text += ","
+    return spans if text[:-1] + "}" == answer else []
 
 
 def answer_losses(

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -97,7 +98,7 @@ def fetch_smollm2() -> Path:
                 converted = Path(folder) / "converted"
                 _convert(gguf, converted)
                 os.replace(converted, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
         raise CourseError(
             f"The model could not be stored in {target.parent}: {error}. Free some space or set "
             f"{CACHE_VARIABLE} to a folder with 1.1 GB free, then run this again. "
@@ -261,8 +262,12 @@ def model_path(profile: Profile) -> str:
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     """Load a profile's tokenizer, with a chat template and a pad token that is not eos."""
+    where = model_path(profile)
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(model_path(profile))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError) as error:
+            raise _loading_error(profile, where, error) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -318,13 +323,17 @@ def load_model(profile: Profile, precision: str | None = None) -> PreTrainedMode
                 attn_implementation=profile.attn_implementation,
                 device_map={"": 0 if profile.device == "cuda" else "cpu"},
             )
-        except OSError as error:
-            raise CourseError(
-                f"{profile.model_id} could not be loaded from {where}: {_last_line(error)} "
-                f"If it is a model of the Hub, check the network; if it lies in the cache, delete "
-                f"that folder and run this again."
-            ) from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _loading_error(profile, where, error) from error
     return ready(model)
+
+
+def _loading_error(profile: Profile, where: str, error: Exception) -> CourseError:
+    return CourseError(
+        f"{profile.model_id} could not be loaded from {where}: {_last_line(error)} "
+        f"If it is a model of the Hub, check the network; if it lies in the cache, delete "
+        f"that folder and run this again."
+    )
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
