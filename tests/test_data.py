@@ -164,10 +164,11 @@ def test_messages_that_end_with_a_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bom", [b"", BOM])
 @pytest.mark.parametrize("good_rows", [0, 2, 3000])  # 3000: beyond any read buffer
 def test_not_utf8(tmp_path: Path, bom: bytes, good_rows: int) -> None:
-    latin1 = "Grüße".encode("latin-1")
+    latin1 = "Übung".encode("latin-1")
     jsonl = bom + GOOD * good_rows + GOOD.replace(b"Hello", latin1) + GOOD
     require_fault(write(tmp_path / "rows.jsonl", jsonl), good_rows + 1, "not UTF-8", "as UTF-8")
-    csv = bom + b"prompt,completion\n" + b"Hi,Hello\n" * good_rows + b"Hi," + latin1 + b"\nHi,a\n"
+    # The bad byte is the first of its line: were the BOM forgotten, the line before would be named.
+    csv = bom + b"prompt,completion\n" + b"Hi,Hello\n" * good_rows + latin1 + b",Hello\nHi,a\n"
     require_fault(write(tmp_path / "rows.csv", csv), good_rows + 2, "not UTF-8", "as UTF-8")
 
 

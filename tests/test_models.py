@@ -108,13 +108,15 @@ def test_a_nearly_full_disk_is_refused_before_anything_is_written(
 
 
 def test_a_write_that_fails_leaves_nothing_behind(
-    empty_cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: PreTrainedModel, empty_cache: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The system refuses to write past 100 MB of a file: to a program it looks like a full disk.
+    # The system refuses to write past 100 kB of a file: to a program it looks like a full disk.
+    # The tiny model is written in place of the real one, whose conversion takes long to get there.
     resource = pytest.importorskip("resource", reason="Windows cannot limit the size of files")
     monkeypatch.setenv(models.GGUF_VARIABLE, str(gguf))
+    monkeypatch.setattr(models, "_convert", lambda _, target: tiny_model.save_pretrained(target))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(
             CourseError, match=r"could not be stored.*Free some space.*COURSE_CACHE"
