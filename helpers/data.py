@@ -126,11 +126,10 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
-    content = path.read_bytes()
     try:
-        text = content.decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1  # both without the BOM
         raise DataError(f"{path}:{line}: not UTF-8. Save the file as UTF-8.") from error
     # strict: a quote that is never closed would otherwise swallow the rest of the file.
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
