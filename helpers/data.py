@@ -202,7 +202,7 @@ def _chat(messages: Any, where: str) -> list[dict[str, str]]:
             raise DataError(f"{where} is empty.")
         try:
             message["content"].encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can write what no text may hold: "\\ud83d"
+        except UnicodeEncodeError as error:  # JSON can write what no text may hold: "\ud83d"
             raise DataError(f"{where} holds half a character ({error.reason}).") from error
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 

@@ -124,7 +124,7 @@ def finetune(
 
     if "test" in rows:
         scores["test"], answers["test"] = _score(model, tokenizer, rows["test"], features["test"])
-    losses = evaluation.answer_losses(model, tokenizer, rows.get("test", rows["validation"]))
+        losses = evaluation.answer_losses(model, tokenizer, rows["test"])
     train_curve, eval_curve = training.curves(trainer)
     diagnosis = diagnose(train_curve, eval_curve)
     tokens = sum(features["train"]["length"]) / len(features["train"])
@@ -135,8 +135,8 @@ def finetune(
         "test_fields": scores["test"]["fields"] if scores else None,
         "test_valid_json": scores["test"]["valid_json"] if scores else None,
         "test_rows": len(rows["test"]) if "test" in rows else 0,
-        "test_loss": losses["loss"] if "test" in rows else None,
-        "test_value_loss": losses["value_loss"] if "test" in rows else None,
+        "test_loss": losses["loss"] if scores else None,
+        "test_value_loss": losses["value_loss"] if scores else None,
         "validation_loss": eval_curve[-1][1] if eval_curve else None,
         "train_seconds": round(timer.seconds, 1),
         "total_seconds": round(time.perf_counter() - began, 1),

@@ -69,4 +69,4 @@ def test_ignored_output_is_asserted_instead(notebook: nbformat.NotebookNode) -> 
 def test_no_line_is_a_wall(notebook: nbformat.NotebookNode) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            assert len(re.sub(r"^\|.*$", "", cell.source, flags=re.MULTILINE).split()) <= 150
+            assert len(re.sub(r"^\|.*$", "", cell.source, flags=re.MULTILINE).split()) <= 130
