@@ -6,7 +6,12 @@ what the command and several notebooks need in the same way.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,12 +27,13 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    set_seed,
 )
 from transformers.utils.notebook import NotebookProgressCallback
 
 from helpers import CourseError
-from helpers.data import CompletionCollator
-from helpers.models import quiet, ready
+from helpers.data import CompletionCollator, encode, load_triage
+from helpers.models import cache_dir, load_model, load_tokenizer, quiet, ready
 from helpers.profiles import Profile
 
 METHODS = ("lora", "qlora", "full")
@@ -93,6 +99,36 @@ def training_arguments(
         "seed": 42,
     }
     return TrainingArguments(**settings | overrides)
+
+
+def tuned_adapter(profile: Profile) -> Path:
+    """The folder of the course's fine-tuned adapter: one epoch over the whole train split.
+
+    Several notebooks look at the same fine-tuned model. It is trained once, with the profile's own
+    settings and seed 42 (some minutes on a CPU, with a line of progress per evaluation), and kept
+    in the cache. `PeftModel.from_pretrained(model, folder)` loads it.
+    """
+    settings = json.dumps(dataclasses.asdict(profile), sort_keys=True) + str(len(load_triage()))
+    target = cache_dir() / "runs" / f"tuned-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    if (target / "adapter_model.safetensors").is_file():
+        print("The fine-tuned adapter comes from the cache of an earlier run.")
+        return target
+    print("Training the adapter (once; it is kept for the other notebooks) ...")
+    tokenizer = load_tokenizer(profile)
+    rows = encode(load_triage()["train"], tokenizer, profile.max_length)
+    watched = encode(load_triage()["validation"].select(range(40)), tokenizer, profile.max_length)
+    steps = steps_for(len(rows), profile.batch_size, 1)
+    set_seed(42)
+    model = add_adapter(load_model(profile), profile)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(
+            profile, folder, steps, num_train_epochs=1, save_strategy="no"
+        )
+        make_trainer(model, arguments, rows, watched, tokenizer, (OneLineProgress(),)).train()
+        model.save_pretrained(Path(folder) / "adapter")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
+    return target
 
 
 def steps_for(rows: int, batch_size: int, epochs: float, accumulation: int = 1) -> int:
