@@ -1,10 +1,17 @@
-"""Run notebooks top to bottom and store their outputs: python -m helpers notebooks [NAME ...]."""
+"""Run notebooks top to bottom and store their outputs: python -m helpers notebooks [NAME ...].
+
+Each notebook gets a badge that opens it on Colab, and a first cell that installs the course there.
+Both follow the repository's address in pyproject.toml: a fork changes that line and runs
+`python -m helpers notebooks --relink`, which runs nothing.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -12,6 +19,41 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 600  # seconds
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+SET_UP = """\
+import sys
+
+if "google.colab" in sys.modules:  # on Colab this installs the course; elsewhere it does nothing
+    %pip install --quiet git+{address}
+"""
+
+
+def address() -> str:
+    """The repository's address, from the one place where it stands."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["urls"]["Repository"]
+
+
+def set_up(notebook: nbformat.NotebookNode, name: str) -> None:
+    """Put the Colab badge and the set-up cell into a notebook, or bring them up to date."""
+    repository = address().removeprefix("https://").removesuffix(".git").split("/", 1)[1]
+    link = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"
+    title = notebook.cells[0]
+    text = re.sub(r"\n*\[!\[Open in Colab\].*", "", title.source)
+    title.source = f"{text}\n\n{BADGE}({link})"
+    cell = notebook.cells[1]
+    if "google.colab" not in cell.source:
+        cell = nbformat.v4.new_code_cell(id="set-up", execution_count=0)
+        notebook.cells.insert(1, cell)
+    cell.source = SET_UP.format(address=address()).rstrip()
+
+
+def relink(path: Path) -> None:
+    """Bring a notebook's badge and set-up cell up to date without running it."""
+    notebook = nbformat.read(path, as_version=4)
+    set_up(notebook, path.stem)
+    nbformat.write(notebook, path)
 
 
 def execute(path: Path) -> None:
@@ -22,6 +64,7 @@ def execute(path: Path) -> None:
         nbclient.exceptions.CellExecutionError: a cell failed.
     """
     notebook = nbformat.read(path, as_version=4)
+    set_up(notebook, path.stem)
     client = NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
@@ -33,6 +76,9 @@ def execute(path: Path) -> None:
     client.execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                data.pop(WIDGET, None)  # a stored page shows the picture; a live one the widget
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
             if output.get("name") == "stderr":
                 raise ValueError(f"{path.name}: a cell writes to stderr: {text[:300]}")
@@ -47,10 +93,15 @@ def execute(path: Path) -> None:
 def main(names: list[str]) -> int:
     """Execute the named notebooks, or all of them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    only_links = "--relink" in names
+    names = [name for name in names if name != "--relink"]
     every = sorted((ROOT / "notebooks").glob("*.ipynb"))
     chosen = [path for path in every if not names or any(name in path.stem for name in names)]
     for path in chosen:
         start = time.perf_counter()
+        if only_links:
+            relink(path)
+            continue
         execute(path)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
     return 0 if chosen else 2
