@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -105,29 +104,66 @@ def test_a_prompt_in_two_splits_is_refused(
     assert "leak.jsonl:1" in error and "validation.jsonl:1" in error
 
 
-def test_killed_and_resumed_equals_an_uninterrupted_run(
-    own_data: list[str], tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "helpers.finetune", *own_data, "--epochs", "6", "--output"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    cut = tmp_path / "cut"
-    victim = subprocess.Popen([*command, str(cut)], stdout=subprocess.DEVNULL)
-    while training.last_checkpoint(cut) is None:
-        assert victim.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.01)
-    victim.kill()
-    victim.wait()
-    assert not (cut / "metrics.json").exists()
-    refused = subprocess.run([*command, str(cut)], capture_output=True, text=True)
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    subprocess.run([*command, str(cut), "--resume"], check=True, capture_output=True)
+KILLED_WITHIN = {
+    "a training step": ("training_step", 8),
+    "an evaluation": ("evaluation_loop", 3),
+    # At this point the second checkpoint has its adapter and nothing else yet.
+    "the writing of a checkpoint": ("_save_optimizer_and_scheduler", 2),
+}
 
-    whole, resumed = load_file(tmp_path / "whole" / ADAPTER), load_file(cut / ADAPTER)
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    histories = [
-        json.loads((run / "history.json").read_text()) for run in (tmp_path / "whole", cut)
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The options of a run of 18 steps, and the folder in which it ran without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    train = rows_file(folder / "train.jsonl", [f"word {n}" for n in range(24)])
+    validation = rows_file(folder / "validation.jsonl", ["apple", "pear"])
+    options = ["--profile", "tiny", "--train", train, "--validation", validation, "--epochs", "6"]
+    assert main([*options, "--output", str(folder / "run")]) == 0
+    return options, folder / "run"
+
+
+@pytest.mark.parametrize("moment", KILLED_WITHIN)
+def test_killed_and_resumed_equals_an_uninterrupted_run(
+    moment: str, whole_run: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    options, whole = whole_run
+    method, call = KILLED_WITHIN[moment]
+    cut = tmp_path / "cut"
+    options = [*options, "--output", str(cut)]
+    # The process kills itself with the signal that cannot be caught, at a moment we choose.
+    code = f"""
+import os, signal
+from transformers import Trainer
+from helpers.finetune import main
+original, calls = Trainer.{method}, 0
+def deadly(self, *args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    return original(self, *args, **kwargs)
+Trainer.{method} = deadly
+main({options!r})
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert killed.returncode != 0 and not (cut / "metrics.json").exists()
+    incomplete = [
+        folder
+        for folder in cut.glob("checkpoint-*")
+        if not (folder / "trainer_state.json").exists()
     ]
+    assert bool(incomplete) == (moment == "the writing of a checkpoint")
+
+    command = [sys.executable, "-m", "helpers.finetune", *options]
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+
+    adapters = [load_file(run / ADAPTER) for run in (whole, cut)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    histories = [json.loads((run / "history.json").read_text()) for run in (whole, cut)]
     assert histories[0] == histories[1]
 
 
