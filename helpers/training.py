@@ -108,8 +108,7 @@ def tuned_adapter(profile: Profile) -> Path:
     settings and seed 42 (some minutes on a CPU, with a line of progress per evaluation), and kept
     in the cache. `PeftModel.from_pretrained(model, folder)` loads it.
     """
-    settings = json.dumps(dataclasses.asdict(profile), sort_keys=True) + str(len(load_triage()))
-    target = cache_dir() / "runs" / f"tuned-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    target = tuned_folder(profile)
     if (target / "adapter_model.safetensors").is_file():
         print("The fine-tuned adapter comes from the cache of an earlier run.")
         return target
@@ -129,6 +128,14 @@ def tuned_adapter(profile: Profile) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
     return target
+
+
+def tuned_folder(profile: Profile) -> Path:
+    """Where `tuned_adapter` keeps its adapter; another profile or other data give another one."""
+    settings = json.dumps(dataclasses.asdict(profile), sort_keys=True)
+    rows = "".join(load_triage()["train"]["message"])
+    digest = hashlib.sha256((settings + rows).encode()).hexdigest()
+    return cache_dir() / "runs" / f"tuned-{digest[:12]}"
 
 
 def steps_for(rows: int, batch_size: int, epochs: float, accumulation: int = 1) -> int:

@@ -12,7 +12,7 @@ import threading
 from typing import Any
 
 import ipywidgets
-from IPython.display import display
+from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
@@ -26,14 +26,17 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def show(widget: ipywidgets.Widget, figure: Figure) -> None:
+def show(widget: ipywidgets.Widget, figure: Figure) -> DisplayHandle:
     """Display a widget, with a picture for readers that cannot run it.
 
     A front end picks the richest form that it knows; `helpers.notebooks` stores the picture alone.
     """
+    return display(_both(widget, figure), raw=True, display_id=True)
+
+
+def _both(widget: ipywidgets.Widget, figure: Figure) -> dict[str, Any]:
     picture = {"image/png": png(figure), "text/plain": repr(figure)}
-    live = widget._repr_mimebundle_()
-    display({**live, **picture}, raw=True)
+    return {**widget._repr_mimebundle_(), **picture}
 
 
 class LiveTraining(TrainerCallback):
@@ -54,16 +57,18 @@ class LiveTraining(TrainerCallback):
         self.stopped_at: int | None = None
         self._stop = threading.Event()
         self._old_handler: Any = None
+        self._shown: DisplayHandle | None = None
         self.picture = ipywidgets.Image(value=png(self.figure()), format="png")
         self.picture.layout.max_width = "770px"
         self.button = ipywidgets.Button(description="Stop training", icon="stop", disabled=True)
         self.button.on_click(lambda _: self.stop())
         self.status = ipywidgets.Label("not started")
         self.box = ipywidgets.VBox([self.picture, ipywidgets.HBox([self.button, self.status])])
+        self.box.add_class("course-widget")
 
     def show(self) -> None:
         """Display the curves and the button."""
-        show(self.box, self.figure())
+        self._shown = show(self.box, self.figure())
 
     def figure(self) -> Figure:
         """The curves so far."""
@@ -78,6 +83,10 @@ class LiveTraining(TrainerCallback):
         self.train, self.evals, self.stopped_at = [], [], None
         self._stop.clear()
         self.button.disabled = False
+        # ipykernel 7.4 hands a click to the shell that last wrote to the button: this one, which is
+        # busy. Without its note the click goes where JupyterLab sends it, to a thread of its own.
+        if self.button.comm is not None:
+            vars(self.button.comm).pop("_reply_subshell_id", None)
         if threading.current_thread() is threading.main_thread():
             self._old_handler = signal.signal(signal.SIGINT, self._interrupted)
 
@@ -106,5 +115,7 @@ class LiveTraining(TrainerCallback):
         if self._old_handler is not None:
             signal.signal(signal.SIGINT, self._old_handler)
             self._old_handler = None
+        if self._shown is not None:  # so that the stored page ends with the whole curves
+            self._shown.update(_both(self.box, self.figure()), raw=True)
         how = "stopped" if self.stopped_at is not None else "finished"
         self.status.value = f"{how} at step {state.global_step} of {state.max_steps}"
