@@ -77,8 +77,8 @@ def execute(path: Path) -> None:
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "image/png" in data:
-                data.pop(WIDGET, None)  # a stored page shows the picture; a live one the widget
+            if data.keys() & {"image/png", "text/html"}:
+                data.pop(WIDGET, None)  # a stored page shows the still; a live one the widget
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
             if output.get("name") == "stderr":
                 raise ValueError(f"{path.name}: a cell writes to stderr: {text[:300]}")

@@ -76,7 +76,8 @@ def loss_curves(
     if best_step is not None:
         axes.axvline(best_step, color=ORANGE, linestyle=":", label=f"lowest (step {best_step})")
     axes.set_ylim(bottom=0)
-    axes.legend()
+    if train or evals:
+        axes.legend()
     plt.close(figure)
     return figure
 
@@ -163,5 +164,212 @@ def bars(values: Mapping[str, float], title: str, xlabel: str, fmt: str = "%.0f"
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.grid(False, axis="y")
+    plt.close(figure)
+    return figure
+
+
+def token_map(
+    groups: Mapping[str, tuple[Sequence[str], Sequence[float]]],
+    title: str,
+    label: str,
+    highest: float | None = None,
+    fmt: str = "%.1f",
+) -> Figure:
+    """Draw texts token by token; the darker a token's box, the higher its value.
+
+    Args:
+        groups: {"before": (tokens as text, a value for each), ...}; one block of lines each.
+        title: the finding.
+        label: what the values are, with their unit.
+        highest: the value that is drawn darkest; without it the highest of all. The lightest is 0.
+        fmt: how the value under a token is written; "" leaves it out.
+    """
+    columns, gap = 78, 0.5  # one column is as wide as one character
+    placed: list[tuple[float, int, float, str, float]] = []  # x, line, width, text, value
+    names: list[tuple[int, str]] = []
+    line = 0
+    for name, (texts, values) in groups.items():
+        names.append((line, name))
+        x = 0.0
+        for text, value in zip(texts, values, strict=True):
+            shown = text.replace(" ", "·").replace("\n", "↵")
+            width = max(len(shown), len(fmt % value) * 0.8 if fmt else 1) + 0.9
+            if x and x + width > columns:
+                x, line = 0.0, line + 1
+            placed.append((x, line, width, shown, value))
+            x += width + gap
+        line += 1
+    top = highest if highest is not None else max((item[-1] for item in placed), default=1.0)
+    colours = plt.get_cmap("Blues")
+    figure, axes = plt.subplots(figsize=(8.4, 0.75 + 0.52 * line))
+    for x, row, width, shown, value in placed:
+        strength = min(1.0, max(0.0, value / top)) if top else 0.0
+        box = plt.Rectangle((x, row + 0.06), width, 0.52, color=colours(strength), ec=GREY, lw=0.5)
+        axes.add_patch(box)
+        ink = "white" if strength > 0.55 else "black"
+        middle = x + width / 2
+        style = {"ha": "center", "va": "center"}
+        axes.text(middle, row + 0.33, shown, color=ink, family="monospace", fontsize=9, **style)
+        if fmt:
+            axes.text(middle, row + 0.75, fmt % value, color="#333333", fontsize=7, **style)
+    for row, name in names:
+        axes.text(-1, row + 0.33, name, ha="right", va="center", fontsize=10)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(line, 0)
+    axes.axis("off")
+    axes.set_title(title)
+    scale = plt.cm.ScalarMappable(plt.Normalize(0, top), colours)
+    figure.colorbar(scale, ax=axes, orientation="horizontal", aspect=60, pad=0.02, label=label)
+    plt.close(figure)
+    return figure
+
+
+def levels(
+    values: Sequence[float], tables: Mapping[str, Sequence[float]], title: str, xlabel: str
+) -> Figure:
+    """Draw how values are spread, and below it, as ticks, the levels of each number format.
+
+    Args:
+        values: many numbers, for the histogram.
+        tables: {"NF4": its levels, ...}; one row of ticks each.
+        title: the finding.
+    """
+    figure, (top, bottom) = plt.subplots(
+        2, 1, sharex=True, figsize=(7.0, 3.8), height_ratios=[2.2, 1]
+    )
+    shares_of_all = [1 / len(values)] * len(values)
+    top.hist(values, bins=81, weights=shares_of_all, color="#C9C9C9", edgecolor=GREY, linewidth=0.3)
+    top.set_ylabel("share of weights")
+    top.set_title(title)
+    for row, ((_, ticks), colour) in enumerate(
+        zip(tables.items(), cycle([GREY, ORANGE, BLUE]), strict=False)
+    ):
+        bottom.vlines(ticks, row - 0.36, row + 0.36, color=colour, linewidth=2)
+    bottom.set_yticks(range(len(tables)), list(tables))
+    bottom.set_ylim(len(tables) - 0.5, -0.5)
+    bottom.grid(False)
+    bottom.set_xlabel(xlabel)
+    plt.close(figure)
+    return figure
+
+
+def trade_off(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Draw what is got against what it costs: marked points, joined, on a logarithmic y axis."""
+    figure, axes = _axes(title, xlabel, ylabel)
+    markers = cycle(["o", "s", "^", "D", "v"])
+    for (name, (x, y)), marker, style in zip(
+        curves.items(), markers, cycle(["-", "--", "-.", ":"]), strict=False
+    ):
+        axes.plot(x, y, marker=marker, linestyle=style, markersize=6, label=name)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.legend()
+    plt.close(figure)
+    return figure
+
+
+def token_ids(
+    groups: Mapping[str, tuple[Sequence[str], Sequence[int], bool]], title: str
+) -> Figure:
+    """Draw texts token by token with the id under each; the boxes of trained ones are filled.
+
+    Args:
+        groups: {"prompt": (tokens as text, their ids, trained?), ...}; one block of lines each.
+        title: the finding.
+    """
+    columns, gap, line = 84, 0.5, 0
+    figure, axes = plt.subplots(figsize=(8.4, 1.0))
+    for name, (texts, ids, trained) in groups.items():
+        axes.text(-1, line + 0.33, name, ha="right", va="center")
+        x = 0.0
+        for text, number in zip(texts, ids, strict=True):
+            shown = text.replace(" ", "·").replace("\n", "↵")
+            width = max(len(shown), len(str(number)) * 0.8) + 0.9
+            if x and x + width > columns:
+                x, line = 0.0, line + 1
+            face = {"fc": BLUE, "ec": BLUE} if trained else {"fc": "white", "ec": GREY}
+            axes.add_patch(plt.Rectangle((x, line + 0.06), width, 0.52, lw=0.6, **face))
+            style = {"ha": "center", "va": "center"}
+            ink = "white" if trained else "black"
+            middle = x + width / 2
+            axes.text(
+                middle, line + 0.32, shown, color=ink, family="monospace", fontsize=9, **style
+            )
+            axes.text(middle, line + 0.75, str(number), color="#333333", fontsize=7, **style)
+            x += width + gap
+        line += 1
+    figure.set_size_inches(8.4, 0.5 + 0.5 * line)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(line, 0)
+    axes.axis("off")
+    axes.set_title(title + " (filled)")
+    plt.close(figure)
+    return figure
+
+
+def levels_on_histogram(values: Sequence[float], levels: Sequence[float], title: str) -> Figure:
+    """Draw how often scaled weights occur, and the levels that they are rounded to."""
+    figure, axes = _axes(
+        title, "weight divided by the largest of its block", "share of weights (%)"
+    )
+    axes.hist(values, bins=81, weights=[100 / len(values)] * len(values), color=SKY)
+    for number, level in enumerate(levels):
+        label = f"{len(levels)} levels" if number == 0 else None
+        axes.axvline(level, ymax=0.9, color=RED, linewidth=0.9, label=label)
+    axes.set_xlim(-1.04, 1.04)
+    axes.legend(loc="upper right")
+    plt.close(figure)
+    return figure
+
+
+def matrices(named: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
+    """Draw matrices side by side on one scale of colours, symmetric around zero."""
+    figure, every = plt.subplots(1, len(named), figsize=(7.0, 3.6), squeeze=False)
+    bound = max(abs(float(value)) for matrix in named.values() for row in matrix for value in row)
+    for axes, (name, matrix) in zip(every[0], named.items(), strict=True):
+        drawn = axes.imshow(matrix, cmap="PuOr", vmin=-bound / 2, vmax=bound / 2)
+        axes.set_title(name, fontweight="normal", fontsize=10)
+        axes.set_xlabel("column")
+        axes.grid(False)
+    every[0][0].set_ylabel("row")
+    figure.colorbar(drawn, ax=every[0].tolist(), shrink=0.8, label="value")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def points(
+    places: Mapping[str, tuple[float, float]], title: str, xlabel: str, ylabel: str
+) -> Figure:
+    """Draw one labelled point per name: {"name": (x, y)}; both axes begin at zero."""
+    figure, axes = _axes(title, xlabel, ylabel)
+    widest, highest = (max(place[axis] for place in places.values()) for axis in (0, 1))
+    shapes, colours = cycle("osD^vPX*"), cycle([BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY])
+    labelled: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        axes.plot(x, y, next(shapes), color=next(colours), markersize=9, markeredgecolor="white")
+        # A label that would lie on another one moves up.
+        level = y
+        while any(abs(level - b) < highest / 14 and abs(x - a) < widest / 3 for a, b in labelled):
+            level += highest / 56
+        labelled.append((x, level))
+        left = x > 0.75 * widest
+        axes.annotate(
+            name,
+            (x, level),
+            xytext=(-9 if left else 9, 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+        )
+    axes.set_xlim(-0.04 * widest, 1.06 * widest)
+    axes.set_ylim(-0.06 * highest, 1.14 * highest)
     plt.close(figure)
     return figure

@@ -6,17 +6,24 @@ picture where none does: every class or function here also returns a plain figur
 
 from __future__ import annotations
 
+import base64
+import html
 import io
 import signal
 import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ipywidgets
+import torch
 from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpers import plotting
+from helpers import CourseError, data, diagnosis, memory, plotting
+
+# JupyterLab runs a control's callback in a thread of its own; matplotlib draws one at a time.
+_DRAWING = threading.Lock()
 
 
 def png(figure: Figure) -> bytes:
@@ -26,17 +33,21 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def show(widget: ipywidgets.Widget, figure: Figure) -> DisplayHandle:
-    """Display a widget, with a picture for readers that cannot run it.
+def show(widget: ipywidgets.Widget, still: Figure | str) -> DisplayHandle:
+    """Display a widget, with a picture (or HTML text) for readers that cannot run it.
 
-    A front end picks the richest form that it knows; `helpers.notebooks` stores the picture alone.
+    A front end picks the richest form that it knows; `helpers.notebooks` stores the still alone.
     """
-    return display(_both(widget, figure), raw=True, display_id=True)
+    return display(_both(widget, still), raw=True, display_id=True)
 
 
-def _both(widget: ipywidgets.Widget, figure: Figure) -> dict[str, Any]:
-    picture = {"image/png": png(figure), "text/plain": repr(figure)}
-    return {**widget._repr_mimebundle_(), **picture}
+def _both(widget: ipywidgets.Widget, still: Figure | str) -> dict[str, Any]:
+    form = {"text/html": still} if isinstance(still, str) else {"image/png": _base64(still)}
+    return {**widget._repr_mimebundle_(), **form, "text/plain": type(widget).__name__}
+
+
+def _base64(figure: Figure) -> str:
+    return base64.b64encode(png(figure)).decode()
 
 
 class LiveTraining(TrainerCallback):
@@ -119,3 +130,293 @@ class LiveTraining(TrainerCallback):
             self._shown.update(_both(self.box, self.figure()), raw=True)
         how = "stopped" if self.stopped_at is not None else "finished"
         self.status.value = f"{how} at step {state.global_step} of {state.max_steps}"
+
+
+# -- explorers: controls beside a picture --------------------------------------------------------
+
+
+class Explorer:
+    """Controls and a picture that is drawn anew when one of them moves.
+
+    Attributes:
+        controls: {argument of draw: widget}.
+    """
+
+    def __init__(
+        self, draw: Callable[..., Figure | str], controls: Mapping[str, ipywidgets.Widget]
+    ) -> None:
+        self._draw = draw
+        self.controls = dict(controls)
+        self.status = ipywidgets.Label()
+        for control in self.controls.values():
+            control.observe(lambda _: self.redraw(), names="value")
+        first = self.picture_now()
+        if isinstance(first, str):
+            self.picture: ipywidgets.Widget = ipywidgets.HTML(first)
+        else:
+            self.picture = ipywidgets.Image(value=png(first), format="png")
+            self.picture.layout.max_width = "100%"
+        self.box = ipywidgets.VBox([*self.controls.values(), self.status, self.picture])
+        self.box.add_class("course-widget")
+
+    def picture_now(self) -> Figure | str:
+        """The figure (or HTML text) for where the controls stand."""
+        return self._draw(**{name: control.value for name, control in self.controls.items()})
+
+    def redraw(self) -> None:
+        """Draw again. What cannot be drawn is said below the controls; the old picture stays."""
+        try:
+            with _DRAWING:
+                now = self.picture_now()
+                self.picture.value = now if isinstance(now, str) else png(now)
+            self.status.value = ""
+        except (CourseError, ValueError) as error:
+            self.status.value = str(error)
+
+    def show(self) -> None:
+        """Display the controls and the picture."""
+        show(self.box, self.picture_now())
+
+
+def _wide(control: ipywidgets.Widget) -> ipywidgets.Widget:
+    control.layout.width = "520px"
+    control.style.description_width = "140px"
+    return control
+
+
+def token_explorer(
+    tokenizer: PreTrainedTokenizerBase,
+    message: str = "The zip of my Tarnova tent broke. Order 55-1203.",
+    answer: str = '{"category":"defect"}',
+) -> Explorer:
+    """Type a message and its answer: see the tokens, their ids, and which ones are trained."""
+
+    def draw(message: str, answer: str) -> Figure:
+        row = {
+            "prompt": data.triage_prompt(message),
+            "completion": [{"role": "assistant", "content": answer}],
+            "source": "here",
+        }
+        prompt, wanted = data.split_text(row, tokenizer)
+        texts, values = {}, {}
+        for name, text in (("prompt", prompt), ("answer", wanted)):
+            values[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            texts[name] = [tokenizer.decode([token]) for token in values[name]]
+        return plotting.token_ids(
+            {name: (texts[name], values[name], name == "answer") for name in texts},
+            f"{sum(map(len, texts.values()))} tokens, {len(texts['answer'])} of them are trained",
+        )
+
+    return Explorer(
+        draw,
+        {
+            "message": _wide(
+                ipywidgets.Textarea(message, description="message", continuous_update=False)
+            ),
+            "answer": _wide(ipywidgets.Text(answer, description="answer", continuous_update=False)),
+        },
+    )
+
+
+def quantization_explorer(weight: torch.Tensor) -> Explorer:
+    """Bits, block size and kind of levels against the error on a real weight matrix.
+
+    Args:
+        weight: (rows, columns) of floats.
+    """
+    flat = weight.detach().float().flatten()
+
+    def draw(bits: int, block: int, levels: str) -> Figure:
+        table = quantization_levels(bits, levels)
+        rebuilt = round_in_blocks(flat, table, block)
+        error = ((rebuilt - flat).norm() / flat.norm()).item()
+        cost = bits + 32 / block
+        blocks = flat[: len(flat) // block * block].view(-1, block)
+        scaled = (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)).flatten()
+        return plotting.levels_on_histogram(
+            scaled[:200_000].numpy(),
+            table.numpy(),
+            f"{bits} bits, blocks of {block}: error {error:.1%} at {cost:.2f} bits per weight",
+        )
+
+    return Explorer(
+        draw,
+        {
+            "bits": _wide(ipywidgets.IntSlider(4, min=2, max=8, description="bits")),
+            "block": _wide(
+                ipywidgets.SelectionSlider(
+                    options=[16, 32, 64, 128, 256, 1024], value=64, description="block size"
+                )
+            ),
+            "levels": _wide(
+                ipywidgets.Dropdown(
+                    options=["evenly spaced", "normal quantiles"],
+                    value="normal quantiles",
+                    description="levels",
+                )
+            ),
+        },
+    )
+
+
+def quantization_levels(bits: int, kind: str) -> torch.Tensor:
+    """The 2**bits levels between -1 and 1 that a block, divided by its largest weight, rounds to.
+
+    "normal quantiles" puts as many weights of a normal distribution at each level, with an exact
+    zero: for 4 bits this is NF4 (Dettmers et al., "QLoRA", 2023). "evenly spaced" leaves out one
+    of the 2**bits codes, so that zero is a level.
+    """
+    half = 2 ** (bits - 1)
+    if kind == "evenly spaced":
+        return torch.arange(1 - half, half) / (half - 1)  # linspace would miss zero by rounding
+    offset = 0.9677083  # so that no quantile is infinite; bitsandbytes' value
+    normal = torch.distributions.Normal(0.0, 1.0)
+    above = normal.icdf(torch.linspace(offset, 0.5, half + 1)[:-1])
+    below = -normal.icdf(torch.linspace(offset, 0.5, half)[:-1])
+    values = torch.cat([above, torch.zeros(1), below]).sort().values
+    return values / values.abs().max()
+
+
+def round_in_blocks(values: torch.Tensor, levels: torch.Tensor, block: int) -> torch.Tensor:
+    """Round a flat tensor to levels times the largest magnitude of each block (absmax)."""
+    missing = -len(values) % block
+    blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, block)
+    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
+    edges = (levels[1:] + levels[:-1]) / 2
+    return (levels[torch.bucketize(blocks / scale, edges)] * scale).flatten()[: len(values)]
+
+
+def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
+    """Rank against what of a matrix it rebuilds, and how many numbers that takes.
+
+    Args:
+        matrix: (d_out, d_in), a weight or an update of one.
+        name: what it is called in the title.
+    """
+    matrix = matrix.detach().float()
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    energy = (values**2).cumsum(0) / (values**2).sum()
+    most = min(128, len(values))
+
+    def draw(rank: int) -> Figure:
+        rebuilt = (left[:, :rank] * values[:rank]) @ right[:rank]
+        numbers = rank * sum(matrix.shape)
+        return plotting.matrices(
+            {"the " + name: matrix[:96, :96].numpy(), f"rank {rank}": rebuilt[:96, :96].numpy()},
+            f"Rank {rank} holds {energy[rank - 1]:.0%} of the {name}'s energy, with {numbers:,} of "
+            f"{matrix.numel():,} numbers",
+        )
+
+    return Explorer(
+        draw, {"rank": _wide(ipywidgets.IntSlider(8, min=1, max=most, description="rank r"))}
+    )
+
+
+def memory_planner(model: str = "tiiuae/falcon-7b") -> Explorer:
+    """Model, method, batch and length against the memory of known machines."""
+
+    def draw(
+        model: str, method: str, batch_size: int, sequence_length: int, checkpointing: bool
+    ) -> Figure:
+        plan = memory.plan(
+            model,
+            method=method,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            precision="fp16" if "falcon" in model else "fp32",
+            gradient_checkpointing=checkpointing,
+        )
+        return plotting.memory_plan(plan)
+
+    return Explorer(
+        draw,
+        {
+            "model": _wide(
+                ipywidgets.Dropdown(
+                    options=["SmolLM2-135M-Instruct", "tiiuae/falcon-7b"],
+                    value=model,
+                    description="model",
+                )
+            ),
+            "method": _wide(
+                ipywidgets.Dropdown(
+                    options=["full", "lora", "int8", "qlora"], value="qlora", description="method"
+                )
+            ),
+            "batch_size": _wide(
+                ipywidgets.IntSlider(
+                    4, min=1, max=32, description="batch size", continuous_update=False
+                )
+            ),
+            "sequence_length": _wide(
+                ipywidgets.SelectionSlider(
+                    options=[64, 128, 256, 512, 1024, 2048], value=512, description="tokens per row"
+                )
+            ),
+            "checkpointing": _wide(
+                ipywidgets.Checkbox(True, description="gradient checkpointing", indent=True)
+            ),
+        },
+    )
+
+
+def overfitting_explorer(runs: Sequence[Mapping[str, Any]]) -> Explorer:
+    """Stored runs: pick a setting and a seed, cut the run off, and see curves and verdict.
+
+    Args:
+        runs: the lines of data/curves.jsonl.
+    """
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    seeds = sorted({run["seed"] for run in runs})
+    steps = sorted({step for run in runs for step, _ in run["eval"]})
+
+    def draw(name: str, seed: int, until: int) -> Figure:
+        found = [run for run in runs if (run["name"], run["seed"]) == (name, seed)]
+        if not found:
+            raise CourseError(f"There is no run of {name!r} with seed {seed}.")
+        train, evals = (
+            [pair for pair in found[0][curve] if pair[0] <= until] for curve in ("train", "eval")
+        )
+        verdict = diagnosis.diagnose(train, evals)
+        return plotting.loss_curves(
+            train,
+            evals,
+            f"{name}, seed {seed}, {until} steps: {verdict.verdict}",
+            verdict.best_step,
+        )
+
+    return Explorer(
+        draw,
+        {
+            "name": _wide(ipywidgets.Dropdown(options=names, description="setting")),
+            "seed": _wide(ipywidgets.Dropdown(options=seeds, description="seed")),
+            "until": _wide(
+                ipywidgets.SelectionSlider(
+                    options=steps, value=steps[-1], description="stop after step"
+                )
+            ),
+        },
+    )
+
+
+def compare_models(
+    models: Mapping[str, Callable[[str], str]],
+    message: str = "hi, the zip of my Tarnova tent broke on day one. order 55-1203. no hurry",
+) -> Explorer:
+    """The answers of several models to one message of the learner's own, side by side.
+
+    Args:
+        models: {"base": function from a message to an answer, ...}.
+    """
+
+    def draw(message: str) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left;vertical-align:top;padding:4px 12px 4px 0'>"
+            f"{html.escape(name)}</th><td style='text-align:left'><code>"
+            f"{html.escape(answer(message))}</code></td></tr>"
+            for name, answer in models.items()
+        )
+        return f"<p>{html.escape(message)}</p><table>{rows}</table>"
+
+    control = ipywidgets.Textarea(message, description="message", continuous_update=False)
+    return Explorer(draw, {"message": _wide(control)})
