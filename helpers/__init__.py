@@ -8,6 +8,8 @@ The calls a learner came for stand in the notebooks. Which file holds what:
     training     thin over transformers' Trainer
     evaluation   answers, scores, losses
     diagnosis    read loss curves: healthy, overfitting, ...
+    memory       plan, simulate and measure the memory of a training step
+    simulation   ... on the meta device: what memory is made of
     plotting     every figure, in one style
     finetune     the same training as a command: python -m helpers.finetune
     __main__     set-up: python -m helpers start | test | notebooks

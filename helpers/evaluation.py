@@ -222,3 +222,50 @@ def token_losses(
             for index, row, label in zip(indices, loss, labels, strict=True):
                 result[index] = row[label != IGNORED]
     return result
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int = 8,
+) -> float:
+    """How surprised a model is by plain text: e to the mean cross-entropy per token.
+
+    1 is a model that foresees every token; the size of the vocabulary is one that guesses. The
+    first token of each text has nothing before it and is not counted. Only models with the same
+    tokenizer can be compared.
+
+    Raises:
+        ValueError: no text has two tokens.
+    """
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    features = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids if len(row) > 1]
+    if not features:
+        raise ValueError("There is no text with at least two tokens.")
+    return math.exp(torch.cat(token_losses(model, tokenizer, features, batch_size)).mean().item())
+
+
+# -- is one better? ----------------------------------------------------------------------------
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """The p-value of McNemar's exact test, two-sided, for two models on the same examples.
+
+    Args:
+        only_first: how many examples the first model alone gets right.
+        only_second: how many the second model alone gets right. Where both are right, or both
+            wrong, the example says nothing about which is better.
+
+    Returns:
+        How often fair coins, one for each example on which the two differ, would come out at
+        least this uneven. Small: the models differ. Large: this test set cannot tell.
+
+    Source: McNemar, "Note on the sampling error of the difference between correlated proportions
+    or percentages", Psychometrika 12 (1947).
+    """
+    if min(only_first, only_second) < 0:
+        raise ValueError(f"Counts cannot be negative: {only_first}, {only_second}.")
+    coins = only_first + only_second
+    tail = sum(math.comb(coins, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**coins)

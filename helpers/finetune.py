@@ -12,6 +12,10 @@ own tickets are used. It writes into the output folder:
     diagnosis.json   what the curves say
     answers.json     every answer on the test split, before and after
     checkpoint-*     from which --resume continues
+
+Several processes, one for each GPU, share every step and the scoring:
+
+    accelerate launch --num_processes 2 -m helpers.finetune --output runs/two
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import set_seed
 
@@ -58,7 +64,8 @@ def finetune(
         train, validation, test: files of rows; without `train` the course's own data.
         profile: "tiny", "laptop" or "falcon-7b"; picked from the machine if not given.
         method: "lora", "qlora" (frozen weights in 4 bits) or "full"; the profile's if not given.
-        epochs, learning_rate, batch_size, rank: the profile's if not given.
+        epochs, learning_rate, batch_size, rank: the profile's if not given. The batch size is that
+            of one process: two processes take steps of twice as many rows.
         track: "off", "offline" or "online", see `helpers.tracking`.
 
     Returns:
@@ -80,6 +87,7 @@ def finetune(
         lora_rank=rank or chosen.lora_rank,
     )
     checkpoint = _require_output(output, resume)
+    processes = PartialState(cpu=chosen.device == "cpu")  # alone, or one of several
     report_to = tracking.report_to(track, output)
 
     rows = _load_rows(train, validation, test)
@@ -93,7 +101,9 @@ def finetune(
 
     answers, scores = {}, {}
     if "test" in rows:
-        scores["base"], answers["base"] = _score(model, tokenizer, rows["test"], features["test"])
+        scores["base"], answers["base"] = _score(
+            model, tokenizer, rows["test"], features["test"], processes
+        )
         print(f"base model: {scores['base']['exact_match']:.1%} exact on the test split")
 
     set_seed(seed)
@@ -102,7 +112,10 @@ def finetune(
     trainable, total = training.trainable_parameters(model)
     print(f"{method}: training {trainable:,} of {total:,} weights ({trainable / total:.2%})")
     watched = features["validation"].shuffle(seed=0)
-    watched = watched.select(range(min(WATCHED_ROWS, len(watched))))
+    count, eval_batch_size = _evaluation_batches(
+        min(WATCHED_ROWS, len(watched)), chosen.eval_batch_size, processes.num_processes
+    )
+    watched = watched.select(range(count))
     print(f"while training, the validation loss is that of {len(watched)} rows")
     timer = training.StepTimer()
     trainer = training.make_trainer(
@@ -110,8 +123,12 @@ def finetune(
         training.training_arguments(
             chosen,
             output,
-            training.steps_for(len(features["train"]), chosen.batch_size, chosen.epochs),
+            training.steps_for(
+                len(features["train"]), chosen.batch_size * processes.num_processes, chosen.epochs
+            ),
             seed=seed,
+            per_device_eval_batch_size=eval_batch_size,
+            ddp_find_unused_parameters=False,  # every adapter takes part in every step
             report_to=report_to,
         ),
         features["train"],
@@ -120,15 +137,17 @@ def finetune(
         (timer, training.OneLineProgress()),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    peak = peak_memory_bytes()
+    peak = max(_gather([peak_memory_bytes()], processes))
 
     if "test" in rows:
-        scores["test"], answers["test"] = _score(model, tokenizer, rows["test"], features["test"])
+        scores["test"], answers["test"] = _score(
+            model, tokenizer, rows["test"], features["test"], processes
+        )
         losses = evaluation.answer_losses(model, tokenizer, rows["test"])
     train_curve, eval_curve = training.curves(trainer)
     diagnosis = diagnose(train_curve, eval_curve)
     tokens = sum(features["train"]["length"]) / len(features["train"])
-    tokens_per_step = tokens * chosen.batch_size
+    tokens_per_step = tokens * chosen.batch_size * processes.num_processes
     metrics = {
         "base_exact_match": scores["base"]["exact_match"] if scores else None,
         "test_exact_match": scores["test"]["exact_match"] if scores else None,
@@ -147,11 +166,13 @@ def finetune(
         "trainable_parameters": trainable,
         "total_parameters": total,
         "method": method,
+        "processes": processes.num_processes,
         "seed": seed,
         "profile": dataclasses.asdict(chosen),
     }
-    if trainer.is_world_process_zero():
-        trainer.save_model(output / ("model" if method == "full" else "adapter"))
+    # All processes call this, since a model may be spread over them; the first one writes.
+    trainer.save_model(output / ("model" if method == "full" else "adapter"))
+    if processes.is_main_process:
         _write(output / "history.json", {"train": train_curve, "eval": eval_curve})
         _write(output / "diagnosis.json", diagnosis.to_dict())
         if answers:
@@ -165,6 +186,9 @@ def finetune(
             f"{metrics['test_exact_match']:.1%} after (95 % interval {low:.0%} to {high:.0%})"
         )
     print(f"{metrics['total_seconds']:.0f} s in all; everything is in {output}")
+    if processes.num_processes > 1:
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
     return metrics
 
 
@@ -212,13 +236,34 @@ def _precision(method: str, profile: profiles.Profile) -> str:
 
 
 def _score(
-    model: Any, tokenizer: Any, rows: Dataset, features: Dataset
+    model: Any, tokenizer: Any, rows: Dataset, features: Dataset, processes: PartialState
 ) -> tuple[dict[str, Any], list[str]]:
     longest = max(sum(label != data.IGNORED for label in labels) for labels in features["labels"])
-    answers = evaluation.generate_answers(
-        model, tokenizer, rows["prompt"], max_new_tokens=longest + 8
+    mine = range(processes.process_index, len(rows), processes.num_processes)
+    answered = evaluation.generate_answers(
+        model, tokenizer, rows.select(mine)["prompt"], max_new_tokens=longest + 8
     )
+    pairs = _gather(list(zip(mine, answered, strict=True)), processes)
+    answers = [answer for _, answer in sorted(pairs)]
     return evaluation.score(answers, evaluation.answers_wanted(rows)), answers
+
+
+def _evaluation_batches(rows: int, batch_size: int, processes: int) -> tuple[int, int]:
+    """(rows to evaluate, batch size), so that all processes get as many rows as the others.
+
+    Otherwise accelerate repeats rows to fill the last batches, and Trainer (5.24), which divides by
+    the tokens of all processes, reports another mean than one process would.
+    """
+    if processes == 1:
+        return rows, batch_size
+    share = max(1, rows // processes)
+    fitting = [size for size in range(1, min(batch_size, share) + 1) if share % size == 0]
+    return min(rows, share * processes), fitting[-1]
+
+
+def _gather(values: list[Any], processes: PartialState) -> list[Any]:
+    """The lists of all processes, one after the other."""
+    return gather_object(values) if processes.num_processes > 1 else values
 
 
 def _write(path: Path, content: Any) -> None:
@@ -243,16 +288,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--method", choices=training.METHODS, help="default: by profile")
     parser.add_argument("--epochs", type=_positive, metavar="N")
     parser.add_argument("--learning-rate", type=_positive, metavar="X")
-    parser.add_argument("--batch-size", type=_positive_integer, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=_positive_integer, metavar="N", help="rows per step and process"
+    )
     parser.add_argument("--rank", type=_positive_integer, metavar="R", help="rank of the update")
     parser.add_argument("--seed", type=int, default=42, metavar="S")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     parser.add_argument("--tracking", choices=tracking.MODES, default="off", help="W&B")
     options = vars(parser.parse_args(arguments))
+    first = os.environ.get("RANK", "0") == "0"  # what `accelerate launch` numbers processes by
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks for all
     try:
         finetune(track=options.pop("tracking"), **options)
     except CourseError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Stopped. The same command with --resume continues.", file=sys.stderr)

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 from filelock import FileLock
@@ -50,6 +51,7 @@ CACHE_VARIABLE = "COURSE_CACHE"
 GGUF_VARIABLE = "COURSE_GGUF"
 DISK_NEEDED = 1_100_000_000  # the wheel, the GGUF file and 538 MB of fp32 weights, side by side
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4", "fp4")
+TINY_MODELS = ("tiny-llama", "tiny-falcon")  # of random weights, built on the spot
 
 # A tokenizer without a template (Falcon-7B) gets this one.
 PLAIN_CHAT_TEMPLATE = (
@@ -255,8 +257,10 @@ def model_path(profile: Profile) -> str:
     """What `from_pretrained` needs for a profile's model: a local folder, or a Hub id."""
     if profile.model_id == "SmolLM2-135M-Instruct":
         return str(fetch_smollm2())
-    if profile.model_id == "tiny-llama":
-        return str(_build_tiny())
+    if "falcon" in profile.model_id:
+        mend_falcon()
+    if profile.model_id in TINY_MODELS:
+        return str(build_tiny(profile.model_id))
     return profile.model_id
 
 
@@ -271,8 +275,9 @@ def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        spare = next((t for t in SPARE_PAD_TOKENS if t in tokenizer.get_vocab()), None)
-        if spare is None or spare == tokenizer.eos_token:
+        unused = [t for t in SPARE_PAD_TOKENS if t != tokenizer.eos_token]
+        spare = next((t for t in unused if t in tokenizer.get_vocab()), None)
+        if spare is None:
             raise CourseError(
                 f"The tokenizer of {profile.model_id} has no spare token to pad with. "
                 f"Name one of its unused tokens in helpers.models.SPARE_PAD_TOKENS."
@@ -355,35 +360,53 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-# -- the tiny model, for tests -----------------------------------------------------------------
+def mend_falcon() -> None:
+    """Let bitsandbytes quantize Falcon. Safe to call twice; call it before the model is loaded.
+
+    transformers 5.24 replaces layers of the class `nn.Linear` itself, none of its subclasses.
+    Falcon's layers are of a subclass that computes the same, so Falcon-7B "in 4 bits" would stay
+    in 16, with no more than a misleading warning, and run out of memory.
+    """
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear
 
 
-def _build_tiny() -> Path:
-    """Make a Llama of random weights with a tokenizer trained on the course's data, once."""
-    target = cache_dir() / "tiny-llama"
+# -- the tiny models, for tests and rehearsals -------------------------------------------------
+
+
+def build_tiny(name: str) -> Path:
+    """Make a model of random weights with a tokenizer trained on the course's data, once.
+
+    Args:
+        name: "tiny-llama", or "tiny-falcon": Falcon-7B's architecture, 64 wide and 2 layers deep,
+            with what its tokenizer has (the same special tokens under the same ids) and has not
+            (a pad token, a chat template).
+    """
+    target = cache_dir() / name
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.parent / ".lock"):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix="unfinished-") as folder:
-                _write_tiny(Path(folder) / "tiny")
+                write = _write_tiny_falcon if name == "tiny-falcon" else _write_tiny_llama
+                write(Path(folder) / "tiny")
                 os.replace(Path(folder) / "tiny", target)
     return target
 
 
-def _write_tiny(target: Path) -> None:
-    from tokenizers import ByteLevelBPETokenizer
+# In the order of their ids, 0 to 11, in Falcon's own tokenizer.
+FALCON_SPECIAL_TOKENS = (
+    *(f">>{word}<<" for word in ("TITLE", "ABSTRACT", "INTRODUCTION", "SUMMARY", "COMMENT")),
+    *(f">>{word}<<" for word in ("ANSWER", "QUESTION", "DOMAIN", "PREFIX", "SUFFIX", "MIDDLE")),
+    "<|endoftext|>",
+)
 
-    messages = load_triage()["train"]["message"]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe = ByteLevelBPETokenizer()
-    with contextlib.redirect_stdout(io.StringIO()):
-        bpe.train_from_iterator(
-            messages, vocab_size=1024, special_tokens=special, show_progress=False
-        )
+
+def _write_tiny_llama(target: Path) -> None:
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer,
+        tokenizer_object=_train_bpe(("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -406,9 +429,46 @@ def _write_tiny(target: Path) -> None:
         pad_token_id=0,
         tie_word_embeddings=True,
     )
+    _write_random(config, tokenizer, target)
+
+
+def _write_tiny_falcon(target: Path) -> None:
+    end = "<|endoftext|>"
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_train_bpe(FALCON_SPECIAL_TOKENS), bos_token=end, eos_token=end
+    )
+    config = transformers.FalconConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    _write_random(config, tokenizer, target)
+
+
+def _train_bpe(special_tokens: tuple[str, ...]) -> tokenizers.Tokenizer:
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    with contextlib.redirect_stdout(io.StringIO()):
+        bpe.train_from_iterator(
+            load_triage()["train"]["message"],
+            vocab_size=1024,
+            special_tokens=list(special_tokens),
+            show_progress=False,
+        )
+    return bpe._tokenizer
+
+
+def _write_random(
+    config: transformers.PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, target: Path
+) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     with quiet():
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 1800  # seconds; generous, for slow machines
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 SET_UP = """\

@@ -168,7 +168,7 @@ def clear_counts(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name", ["00_start_here", "03_quantization", "05_training", "07_overfitting_diagnosis"]
 )
@@ -176,7 +176,7 @@ def test_a_notebook_runs_to_its_end(name: str, page: Page, lab: tuple[str, Path]
     clear_counts(lab[1] / f"{name}.ipynb")
     path = open_notebook(page, lab, f"{name}.ipynb")
     run_all(page)
-    wait_until_run(page, path, minutes=12)
+    wait_until_run(page, path, minutes=25)
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     move_every_slider(page)

@@ -1,6 +1,8 @@
 """Tests of helpers/evaluation.py: answers, scores, losses."""
 
 import json
+import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from helpers import evaluation
 from helpers.data import FIELDS, split_text, ticket_json, triage_prompt
 from helpers.evaluation import (
     answer_losses,
@@ -288,3 +291,81 @@ def test_prose_has_a_loss_but_no_value_loss(
     result = answer_losses(tiny_model, tiny_tokenizer, rows)
     assert isinstance(result["loss"], float)
     assert result["value_loss"] is None
+
+
+# -- perplexity --------------------------------------------------------------------------------
+
+
+def test_perplexity_is_that_of_a_plain_loop(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = ["The tide comes in twice a day.", "Bread.", "My parcel is late and nobody answers me."]
+    losses = []
+    for text in texts:
+        ids = tiny_tokenizer(text)["input_ids"]
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([ids])).logits[0]
+        for position, token in enumerate(ids[1:]):
+            losses.append(-logits[position].log_softmax(-1)[token].item())
+    expected = pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert evaluation.perplexity(tiny_model, tiny_tokenizer, texts, batch_size=1) == expected
+    assert evaluation.perplexity(tiny_model, tiny_tokenizer, texts, batch_size=3) == expected
+
+
+def test_a_model_that_guesses_has_the_perplexity_of_its_vocabulary(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with torch.no_grad():
+        tiny_model.get_output_embeddings().weight.zero_()
+    measured = evaluation.perplexity(tiny_model, tiny_tokenizer, ["Where is my parcel?"])
+    assert measured == pytest.approx(tiny_model.config.vocab_size, rel=1e-4)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", "a"]])
+def test_no_text_has_no_perplexity(
+    texts: list[str], tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(ValueError, match="at least two tokens"):
+        evaluation.perplexity(tiny_model, tiny_tokenizer, texts)
+
+
+# -- McNemar's test ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second", "p"),
+    [
+        # Airway reactions before and after a transplantation, in Fagerland, Lydersen and Laake,
+        # BMC Medical Research Methodology 13:91 (2013).
+        (1, 7, 0.0703),
+        (0, 0, 1),
+        (3, 3, 1),
+        (0, 5, 2 / 2**5),
+        (0, 114, 2 / 2**114),
+    ],
+)
+def test_mcnemar(only_first: int, only_second: int, p: float) -> None:
+    assert evaluation.mcnemar(only_first, only_second) == pytest.approx(p, rel=1e-3)
+    assert evaluation.mcnemar(only_second, only_first) == evaluation.mcnemar(
+        only_first, only_second
+    )
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(2, 7), (4, 5), (0, 8), (6, 1)])
+def test_mcnemar_counts_coin_flips(only_first: int, only_second: int) -> None:
+    coins, gap = only_first + only_second, abs(only_first - only_second)
+    flips = list(product((0, 1), repeat=coins))
+    uneven = sum(abs(2 * sum(flip) - coins) >= gap for flip in flips)
+    assert evaluation.mcnemar(only_first, only_second) == pytest.approx(uneven / len(flips))
+
+
+def test_mcnemar_is_scipys_binomial_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for first, second in [(1, 7), (12, 5), (30, 20), (50, 44)]:
+        expected = stats.binomtest(first, first + second).pvalue
+        assert evaluation.mcnemar(first, second) == pytest.approx(expected)
+
+
+def test_counts_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        evaluation.mcnemar(-1, 3)
