@@ -373,3 +373,104 @@ def points(
     axes.set_ylim(-0.06 * highest, 1.14 * highest)
     plt.close(figure)
     return figure
+
+
+def memory_bars(
+    plans: Mapping[str, Mapping[str, float]], devices: Mapping[str, float], title: str
+) -> Figure:
+    """Draw one stacked bar per plan against the memory of devices.
+
+    Args:
+        plans: {"QLoRA": {"weights": bytes, "optimizer": bytes, ...}}, as `Plan.components`.
+        devices: {"T4": bytes}; each becomes a vertical line.
+        title: the finding.
+    """
+    gib = 2**30
+    figure, axes = _axes(title, "memory (GiB)", "")
+    names, parts = list(plans), list(next(iter(plans.values())))
+    colours, hatches = [GREY, SKY, ORANGE, PURPLE, BLUE, GREEN], ["", "//", "..", "xx", "", "\\\\"]
+    ends = [0.0] * len(names)
+    for part, colour, hatch in zip(parts, cycle(colours), cycle(hatches), strict=False):
+        sizes = [plans[name][part] / gib for name in names]
+        if any(sizes):
+            axes.barh(
+                names, sizes, 0.6, ends, label=part, color=colour, hatch=hatch, edgecolor="white"
+            )
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the devices' lines
+    for name, memory in devices.items():
+        axes.axvline(memory / gib, color="#333333", linestyle="--", linewidth=1)
+        axes.text(memory / gib, -0.75, name, ha="center", va="center", fontsize=8.5, bbox=box)
+    reach = 1.1 * max(*ends, *(memory / gib for memory in devices.values()))
+    for position, end in enumerate(ends):
+        axes.text(end + reach / 90, position, f"{end:.1f}", va="center", fontsize=9, bbox=box)
+    axes.set_ylim(len(names) - 0.5, -1)
+    axes.set_xlim(0, reach)
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    plt.close(figure)
+    return figure
+
+
+def loss_panels(
+    runs: Mapping[str, tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]], title: str
+) -> Figure:
+    """Draw several runs side by side, with the same axes: {"A": (train, evals), ...}.
+
+    Args:
+        runs: for each name the pairs of (step, loss in nats per answer token), as `loss_curves`.
+        title: the finding, or what to look for.
+    """
+    figure, panels = plt.subplots(
+        1, len(runs), sharey=True, squeeze=False, figsize=(2.4 * len(runs) + 0.6, 2.9)
+    )
+    for axes, (name, (train, evals)) in zip(panels[0], runs.items(), strict=True):
+        axes.set_title(name)
+        axes.set_xlabel("optimizer step")
+        if train:
+            steps, losses = zip(*train, strict=True)
+            axes.plot(steps, losses, color=GREY, linewidth=1.2, linestyle="--", label="training")
+        if evals:
+            steps, losses = zip(*evals, strict=True)
+            axes.plot(steps, losses, color=BLUE, marker="o", label="validation")
+    panels[0][0].set_ylim(bottom=0)
+    panels[0][0].set_ylabel("loss (nats per\nanswer token)")
+    panels[0][-1].legend()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    plt.close(figure)
+    return figure
+
+
+def ranges(
+    groups: Mapping[str, Mapping[str, Sequence[float]]],
+    title: str,
+    xlabel: str,
+) -> Figure:
+    """Draw repeated measurements: a marker for each value and a bar from the lowest to the highest.
+
+    Args:
+        groups: {"at the end": {"baseline": [1.10, 0.61], ...}, ...}; every group the same names,
+            one line of the figure per name.
+        title: the finding.
+        xlabel: what was measured, with its unit. The axis begins at zero.
+    """
+    figure, axes = _axes(title, xlabel, "")
+    names = list(next(iter(groups.values())))
+    looks = cycle([(ORANGE, "o"), (BLUE, "D"), (GREEN, "^")])
+    for number, ((group, values), (colour, marker)) in enumerate(
+        zip(groups.items(), looks, strict=False)
+    ):
+        shift = 0.26 * (number - (len(groups) - 1) / 2)
+        for line, name in enumerate(names):
+            y, seen = line + shift, values[name]
+            axes.plot([min(seen), max(seen)], [y, y], color=colour, linewidth=3, alpha=0.45)
+            label = group if line == 0 else None
+            axes.plot(seen, [y] * len(seen), marker, color=colour, linestyle="", label=label)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(left=0)
+    axes.grid(False, axis="y")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    figure.set_size_inches(7.6, 0.9 + 0.42 * len(names))
+    plt.close(figure)
+    return figure

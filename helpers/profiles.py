@@ -165,6 +165,31 @@ def pick_profile(name: str | None = None, verbose: bool = True) -> Profile:
     )
 
 
+def pick_falcon(verbose: bool = True) -> Profile:
+    """The falcon-7b profile where it can run; elsewhere its rehearsal with a tiny Falcon.
+
+    The rehearsal has everything of the profile (the architecture, 4 bits, checkpoints, the same
+    adapter) but the size. Its weights are random, so it learns nothing useful; and it takes bigger
+    steps, so that a short run shows something.
+    """
+    picked = pick_profile(verbose=False)
+    if picked.name == "falcon-7b":
+        return pick_profile(verbose=verbose)
+    if verbose:
+        print(
+            "profile   rehearsal of falcon-7b: no GPU with 14 GiB is here, or another was asked for"
+        )
+        print(f"model     tiny-falcon, of random weights, on {picked.device}")
+    return dataclasses.replace(
+        PROFILES["falcon-7b"],
+        name="rehearsal",
+        model_id="tiny-falcon",
+        device=picked.device,
+        precision="fp32" if picked.device == "cpu" else picked.precision,
+        learning_rate=1e-2,
+    )
+
+
 def pick_attention(device: str) -> tuple[str, str]:
     """Return the attention implementation for a device, and the reason."""
     if device == "cpu":

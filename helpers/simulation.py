@@ -126,7 +126,6 @@ def held(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
 
 def simulate(name: str, config: PreTrainedConfig, settings: Settings) -> Plan:
     """The plan of a model's training step, by running it; see `helpers.memory.simulate`."""
-    models.mend_falcon()
     config = copy.deepcopy(config)  # building a model writes into it
     pretended = _Pretend(settings)
     with models.quiet(), torch.device("meta"), pretended.as_if_there():
@@ -303,6 +302,7 @@ class _Pretend(TorchFunctionMode):
         import bitsandbytes
         from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
         from transformers import masking_utils
+        from transformers.models.falcon import modeling_falcon
 
         def int8_product(x: Any, weight: Any, out: Any = None, state: Any = None, bias: Any = None):
             on_cpu = self.settings.device == "cpu"
@@ -315,6 +315,8 @@ class _Pretend(TorchFunctionMode):
                 patch(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
             )
             stack.enter_context(patch(bitsandbytes, "matmul", int8_product))
+            # As helpers.models.mend_falcon does, but for the moment.
+            stack.enter_context(patch(modeling_falcon, "FalconLinear", torch.nn.Linear))
             # PEFT asks whether autocast is on for the GPU; nobody tells it of a CPU's.
             on = self.settings.autocast and self.settings.device == "cuda"
             stack.enter_context(
