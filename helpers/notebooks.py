@@ -72,22 +72,26 @@ def execute(path: Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
         store_widget_state=False,
         record_timing=False,
+        on_cell_executed=lambda cell, **_: _require_clean(cell, path.name),
     )
     client.execute()
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            if data.keys() & {"image/png", "text/html"}:
-                data.pop(WIDGET, None)  # a stored page shows the still; a live one the widget
-            text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
-            if output.get("name") == "stderr":
-                raise ValueError(f"{path.name}: a cell writes to stderr: {text[:300]}")
-            if str(Path.home()) in text or str(ROOT) in text:
-                raise ValueError(f"{path.name}: an output names a path: {text[:300]}")
+            if output.get("data", {}).keys() & {"image/png", "text/html"}:
+                output["data"].pop(WIDGET, None)  # a stored page shows the still, not the widget
     version = notebook.metadata["language_info"]["version"]
     # The patch version of Python changes from machine to machine, and with it the file.
     notebook.metadata["language_info"]["version"] = ".".join(version.split(".")[:2])
     nbformat.write(notebook, path)
+
+
+def _require_clean(cell: nbformat.NotebookNode, name: str) -> None:
+    for output in cell.get("outputs", []):
+        text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+        if output.get("name") == "stderr":
+            raise ValueError(f"{name}: a cell writes to stderr: {text[:300]}")
+        if str(Path.home()) in text or str(ROOT) in text:
+            raise ValueError(f"{name}: an output names a path: {text[:300]}")
 
 
 def main(names: list[str]) -> int:
