@@ -348,29 +348,33 @@ def matrices(named: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figu
 def points(
     places: Mapping[str, tuple[float, float]], title: str, xlabel: str, ylabel: str
 ) -> Figure:
-    """Draw one labelled point per name: {"name": (x, y)}; both axes begin at zero."""
+    """Draw one labelled point per name: {"name": (x, y)}. Both axes begin at zero."""
     figure, axes = _axes(title, xlabel, ylabel)
-    widest, highest = (max(place[axis] for place in places.values()) for axis in (0, 1))
+    right, top = (1.08 * max(place[axis] for place in places.values()) for axis in (0, 1))
     shapes, colours = cycle("osD^vPX*"), cycle([BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY])
-    labelled: list[tuple[float, float]] = []
-    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
-        axes.plot(x, y, next(shapes), color=next(colours), markersize=9, markeredgecolor="white")
-        # A label that would lie on another one moves up.
-        level = y
-        while any(abs(level - b) < highest / 14 and abs(x - a) < widest / 3 for a, b in labelled):
-            level += highest / 56
-        labelled.append((x, level))
-        left = x > 0.75 * widest
-        axes.annotate(
-            name,
-            (x, level),
-            xytext=(-9 if left else 9, 0),
-            textcoords="offset points",
-            ha="right" if left else "left",
-            va="center",
-        )
-    axes.set_xlim(-0.04 * widest, 1.06 * widest)
-    axes.set_ylim(-0.06 * highest, 1.14 * highest)
+    # Boxes in shares of the axes: (left, right, bottom, top). First the markers, then the labels.
+    spots = {
+        name: ((x / right + 0.04) / 1.04, (y / top + 0.08) / 1.08)
+        for name, (x, y) in places.items()
+    }
+    taken = [(a - 0.012, a + 0.012, b - 0.03, b + 0.03) for a, b in spots.values()]
+    for name, (a, b) in spots.items():
+        axes.plot(*places[name], next(shapes), color=next(colours), markersize=8)
+        wide, high = 0.0135 * len(name), 0.035
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):  # right of the marker, left, above, below
+            x, y = a + dx * (0.018 + wide / 2), b + dy * 0.075
+            box = (x - wide / 2, x + wide / 2, y - high, y + high)
+            inside = box[0] > 0 and box[1] < 1 and box[2] > 0 and box[3] < 1
+            if inside and not any(
+                box[0] < other[1] and other[0] < box[1] and box[2] < other[3] and other[2] < box[3]
+                for other in taken
+            ):
+                break
+        taken.append(box)
+        side = {1: ("left", a + 0.018), -1: ("right", a - 0.018), 0: ("center", a)}[dx]
+        axes.annotate(name, (side[1], y), xycoords="axes fraction", ha=side[0], va="center")
+    axes.set_xlim(-0.04 * right, right)
+    axes.set_ylim(-0.08 * top, top)
     plt.close(figure)
     return figure
 

@@ -176,9 +176,7 @@ def pick_falcon(verbose: bool = True) -> Profile:
     if picked.name == "falcon-7b":
         return pick_profile(verbose=verbose)
     if verbose:
-        print(
-            "profile   rehearsal of falcon-7b: no GPU with 14 GiB is here, or another was asked for"
-        )
+        print("profile   rehearsal of falcon-7b: no GPU with 14 GiB, or another profile set")
         print(f"model     tiny-falcon, of random weights, on {picked.device}")
     return dataclasses.replace(
         PROFILES["falcon-7b"],

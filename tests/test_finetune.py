@@ -1,6 +1,7 @@
 """The command of the contract: what it writes, what it refuses, and that it can be resumed."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import training
-from helpers.finetune import main
+from helpers.finetune import _evaluation_batches, main
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 METRICS = {
@@ -203,3 +204,64 @@ def test_offline_tracking_writes_a_run_without_an_account(
     )
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_two_processes_give_the_run_of_one(own_data: list[str], tmp_path: Path) -> None:
+    test = rows_file(tmp_path / "test.jsonl", ["plum", "fig", "quince"])  # not the same for both
+    arguments = ["-m", "helpers.finetune", *own_data, "--test", test, "--epochs", "2"]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", "0"]
+    runs = []
+    for name, command in (
+        ("one", [*arguments, "--batch-size", "8"]),
+        ("two", [*launch, *arguments, "--batch-size", "4"]),
+    ):
+        output = tmp_path / name
+        done = subprocess.run(
+            [sys.executable, *command, "--output", str(output)], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("diagnosis:") == 1  # one process speaks for all
+        runs.append(output)
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in runs)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["test_loss"] == pytest.approx(one["test_loss"], abs=1e-3)
+    histories = [json.loads((run / "history.json").read_text()) for run in runs]
+    for curve in ("train", "eval"):
+        (steps, losses), (other_steps, others) = (
+            zip(*history[curve], strict=True) for history in histories
+        )
+        assert steps == other_steps
+        assert others == pytest.approx(losses, abs=1e-3)
+    answers = [json.loads((run / "answers.json").read_text()) for run in runs]
+    assert answers[0]["base"] == answers[1]["base"]
+    assert len(answers[1]["test"]) == 3
+
+
+def test_bad_input_to_two_processes_is_told_once(own_data: list[str], tmp_path: Path) -> None:
+    environment = os.environ | {"RANK": "1"}  # the second process says nothing
+    command = [sys.executable, "-m", "helpers.finetune", "--profile", "tiny", "--resume"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "profile" not in done.stdout and "checkpoint" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "processes", "wanted"),
+    [
+        (48, 32, 1, (48, 32)),
+        (48, 32, 2, (48, 24)),
+        (24, 32, 2, (24, 12)),
+        (49, 32, 2, (48, 24)),
+        (48, 16, 2, (48, 12)),
+        (46, 16, 2, (46, 1)),
+        (1, 32, 2, (1, 1)),
+    ],
+)
+def test_every_process_evaluates_as_many_rows(
+    rows: int, batch_size: int, processes: int, wanted: tuple[int, int]
+) -> None:
+    assert _evaluation_batches(rows, batch_size, processes) == wanted

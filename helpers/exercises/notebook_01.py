@@ -140,7 +140,7 @@ EXERCISES = {
             "matrices. Which share of the multiplications of full fine-tuning is left? Set answer."
         ),
         right=lambda answer: _is_share(answer, 2 / 3),
-        praise="Two of three are left, however few weights learn. Section 9 counts nearly that.",
+        praise="Two of three are left, however few weights learn. Section 10 counts nearly that.",
         hints=[
             (
                 lambda answer: _is_share(answer, 0.036, 0.004),

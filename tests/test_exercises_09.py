@@ -1,0 +1,177 @@
+"""The exercises of notebook 09: right answers in their forms, known mistakes with their hints."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import memory
+from helpers.exercises import review
+from helpers.exercises.notebook_09 import EXERCISES, NF4_BYTES, WEIGHTS
+
+Plan = Callable[[int], int]
+
+
+def by_mask(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return input_ids.masked_fill(attention_mask == 0, -100)
+
+
+def by_mask_in_lists(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    return [
+        [token if kept else -100 for token, kept in zip(row, mask, strict=True)]
+        for row, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True)
+    ]
+
+
+def by_id(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return input_ids.masked_fill(input_ids == 11, -100)
+
+
+def all_of_them(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return input_ids
+
+
+def wrong_way_round(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return input_ids.masked_fill(attention_mask == 1, -100)
+
+
+def with_zeros(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    return input_ids * attention_mask
+
+
+def shifted(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    labels = by_mask(input_ids, attention_mask)
+    return torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+
+
+def counting_up(bytes_for: Plan, memory: int) -> int:
+    rows = 0
+    while bytes_for(rows + 1) <= 0.9 * memory:
+        rows += 1
+    return rows
+
+
+def from_a_list(bytes_for: Plan, memory: int) -> int:
+    return max([0] + [rows for rows in range(1, 100) if bytes_for(rows) <= memory - memory / 10])
+
+
+def to_the_brim(bytes_for: Plan, memory: int) -> int:
+    return max([0] + [rows for rows in range(1, 100) if bytes_for(rows) <= memory])
+
+
+def one_too_many(bytes_for: Plan, memory: int) -> int:
+    return counting_up(bytes_for, memory) + 1
+
+
+def strictly(bytes_for: Plan, memory: int) -> int:
+    return max([0] + [rows for rows in range(1, 100) if bytes_for(rows) < 0.9 * memory])
+
+
+def at_least_one(bytes_for: Plan, memory: int) -> int:
+    return max(1, counting_up(bytes_for, memory))
+
+
+def broken(*_: Any) -> int:
+    raise ZeroDivisionError("division by zero")
+
+
+RIGHT = [
+    ("09.1", NF4_BYTES),
+    ("09.1", 42_606_532),
+    ("09.1", "42,606,532 bytes"),
+    ("09.1", "about 42.6 MB"),
+    ("09.1", 40.63),  # MiB
+    ("09.1", torch.tensor(42606532.0)),
+    ("09.2", by_mask),
+    ("09.2", by_mask_in_lists),
+    ("09.3", "gradient checkpointing"),
+    ("09.3", " Gradient checkpointing. "),
+    ("09.3", "gradient_checkpointing"),
+    ("09.4", counting_up),
+    ("09.4", from_a_list),
+]
+
+WRONG = [
+    ("09.1", WEIGHTS // 2, "half a byte per weight"),
+    ("09.1", 46.5e6, "four bytes for the scale of every block"),
+    ("09.1", WEIGHTS, "How many weights fit into one byte"),
+    ("09.1", 8 * NF4_BYTES, "These are bits"),
+    ("09.1", 17, "Add three things"),
+    ("09.2", by_id, "gone. A model trained so never learns to stop"),
+    ("09.2", all_of_them, "Nothing is masked"),
+    ("09.2", wrong_way_round, "wrong way round"),
+    ("09.2", with_zeros, "0 is the id of a token"),
+    ("09.2", shifted, "You shifted them"),
+    ("09.2", broken, "raised ZeroDivisionError"),
+    ("09.3", "rank 4", "component adapters"),
+    ("09.3", "paged optimizer", "component optimizer"),
+    ("09.3", "query_key_value only", "it does help"),
+    ("09.3", "double quantization", "in 4 bits already"),
+    ("09.3", "buy a bigger card", "Choose one of the four"),
+    ("09.4", to_the_brim, "to the brim"),
+    ("09.4", one_too_many, "first batch that does not fit"),
+    ("09.4", strictly, "< or <="),
+    ("09.4", at_least_one, "not even one row fits"),
+    ("09.4", lambda bytes_for, memory: 7, "Count up from 1"),
+    ("09.4", broken, "raised ZeroDivisionError"),
+]
+
+
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_right_in_every_form(name: str, answer: Any) -> None:
+    got = review(name, answer)
+    assert got.state == "right", got.text
+    assert EXERCISES[name].praise in got.text
+
+
+@pytest.mark.parametrize(("name", "answer", "words"), WRONG)
+def test_a_typical_mistake_gets_its_own_hint(name: str, answer: Any, words: str) -> None:
+    got = review(name, answer)
+    assert got.state == "wrong"
+    assert words in got.text
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_unanswered_prints_the_task(name: str) -> None:
+    def unwritten(*_: Any) -> Any: ...
+
+    for answer in (..., None, *([unwritten] if EXERCISES[name].trial else [])):
+        got = review(name, answer)
+        assert got.state == "unanswered"
+        assert EXERCISES[name].task in got.text
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+@pytest.mark.parametrize("answer", [object(), [], {}, "", -1, float("nan"), lambda: 0, True])
+def test_an_absurd_answer_raises_nothing(name: str, answer: Any) -> None:
+    assert review(name, answer).state == "wrong"
+
+
+def test_the_facts_that_the_exercises_rest_on() -> None:
+    settings = {
+        "batch_size": 4,
+        "sequence_length": 512,
+        "answer_length": 48,
+        "precision": "fp16",
+        "device": "cuda",
+        "attn_implementation": "sdpa",
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "rank 4": {"lora_rank": 4},
+        "paged optimizer": {"optimizer": "paged_adamw_8bit"},
+        "query_key_value only": {"target_modules": ["query_key_value"]},
+        "gradient checkpointing": {"gradient_checkpointing": True},
+    }
+    room = (1 - memory.HEADROOM) * memory.DEVICES["T4 (16 GB)"]
+    fits = {
+        change: memory.plan("tiiuae/falcon-7b", "qlora", **settings | more).total <= room
+        for change, more in changes.items()
+    }
+    assert [change for change, fit in fits.items() if fit] == ["gradient checkpointing"]
+    planned = memory.plan("tiiuae/falcon-7b", "qlora", batch_size=1, sequence_length=1)
+    per_weight = NF4_BYTES / WEIGHTS
+    unquantized = 4 * (65024 * 4544 + 2 * 4544 * 33)
+    in_4_bits = planned.components["weights"] - unquantized
+    assert in_4_bits / (32 * 207_060_992) == pytest.approx(per_weight, rel=1e-4)
