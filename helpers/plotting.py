@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -478,3 +479,17 @@ def ranges(
     figure.set_size_inches(7.6, 0.9 + 0.42 * len(names))
     plt.close(figure)
     return figure
+
+
+def memory_plan(plan: Any) -> Figure:
+    """Draw one `helpers.memory.Plan` against the memory of known machines, up to the first fit."""
+    from helpers.memory import DEVICES, HEADROOM
+
+    devices, fits = {}, False
+    for name, memory in sorted(DEVICES.items(), key=lambda device: device[1]):
+        if not fits:
+            devices[name] = memory
+        fits = fits or plan.total <= (1 - HEADROOM) * memory
+    where = f"fits on: {list(devices)[-1]}" if fits else "fits on none of these"
+    title = f"{plan.method} takes {plan.total / 2**30:.1f} GiB and {where}"
+    return memory_bars({plan.method: plan.components}, devices, title)

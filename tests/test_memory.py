@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from helpers import CourseError, memory, models, training
-from helpers.profiles import PROFILES
+from helpers.profiles import PROFILES, pick_falcon
 from helpers.simulation import Storages
 
 GIB = memory.GIB
@@ -314,6 +314,21 @@ def test_falcon_is_quantized_and_computes_the_same() -> None:
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), x @ layer.weight.T)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_without_a_big_gpu_the_profile_is_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COURSE_PROFILE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rehearsal, real = pick_falcon(verbose=False), PROFILES["falcon-7b"]
+    assert (rehearsal.model_id, rehearsal.device) == ("tiny-falcon", "cpu")
+    for kept in ("target_modules", "lora_rank", "batch_size", "gradient_checkpointing"):
+        assert getattr(rehearsal, kept) == getattr(real, kept)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (15 * GIB, 15 * GIB))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    picked = pick_falcon(verbose=False)
+    assert (picked.name, picked.device, picked.precision) == ("falcon-7b", "cuda", "fp16")
 
 
 def test_the_tiny_falcon_lacks_what_the_big_one_lacks() -> None:
