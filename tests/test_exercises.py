@@ -2,13 +2,21 @@
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import numpy as np
 import pytest
 import torch
+from answers import notebook_02, notebook_03, notebook_07, notebook_08
+from transformers import PreTrainedTokenizerBase
 
-from helpers import CourseError, exercises
+from helpers import CourseError, exercises, memory
+from helpers.data import split_text
+from helpers.exercises.notebook_07 import TRIALS
+from helpers.exercises.notebook_09 import NF4_BYTES, WEIGHTS
 
 ROOT = Path(__file__).parent.parent
 NUMBERS = sorted(
@@ -22,6 +30,16 @@ ALL = {
         f"helpers.exercises.notebook_{number}"
     ).EXERCISES.items()
 }
+TABLES = [importlib.import_module(f"answers.notebook_{number}") for number in NUMBERS]
+RIGHT = [case for table in TABLES for case in table.RIGHT]
+WRONG = [case for table in TABLES for case in table.WRONG]
+FUNCTIONS = [name for name, exercise in ALL.items() if exercise.trial is not None]
+NONSENSE = [
+    *("", "?", "no idea", "a banana", "1 2 3", b"x", True, -1, -1e300, float("nan")),
+    *([], [[]], [[None]], {}, {1: {2: 3}}, object(), np.zeros(3)),
+    *(torch.ones(2, 2), torch.empty(0), int, len, lambda: 0, lambda: 1, lambda: 3, lambda: 1 / 0),
+]
+LABELLERS = [notebook_02.by_counting, notebook_02.by_position, notebook_02.with_tensors]
 TAUGHT = [path for path in sorted((ROOT / "notebooks").glob("*.ipynb")) if path.stem >= "01"]
 
 
@@ -42,6 +60,32 @@ def test_a_notebook_asks_and_solves_its_exercises(path: Path) -> None:
     assert set(re.findall(r"<summary>(?:Solution )?(\d\d\.\d)", solutions)) == names
 
 
+@pytest.mark.parametrize(("name", "answer"), RIGHT)
+def test_a_right_answer_is_right_in_every_form(name: str, answer: Any) -> None:
+    found = exercises.review(name, answer)
+    assert found.state == "right", found.text
+    assert ALL[name].praise in found.text
+
+
+@pytest.mark.parametrize(("name", "answer", "words"), WRONG)
+def test_a_typical_mistake_gets_its_own_hint(name: str, answer: Any, words: str) -> None:
+    found = exercises.review(name, answer)
+    assert found.state == "wrong", found.text
+    assert words in found.text
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_exercise_is_tried(name: str) -> None:
+    assert any(name == right for right, _ in RIGHT)
+    assert len({words for wrong, _, words in WRONG if wrong == name}) >= 3
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith("08")])
+def test_every_hint_of_notebook_08_is_tried(name: str) -> None:
+    tried = sum(case[0] == name for case in notebook_08.WRONG)
+    assert tried >= len(ALL[name].hints) + 1  # and the one for all other answers
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("answer", [..., None], ids=["dots", "nothing"])
 def test_an_unanswered_exercise_prints_its_task(
@@ -51,31 +95,36 @@ def test_an_unanswered_exercise_prints_its_task(
     assert capsys.readouterr().out == f"Exercise {name}. {ALL[name].task}\n"
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_function_that_is_not_written_yet_counts_as_unanswered(name: str) -> None:
-    if ALL[name].trial is None:
-        pytest.skip("the answer is no function")
-    assert exercises.review(name, lambda *args, **kwargs: ...).state == "unanswered"
-    assert exercises.review(name, lambda *args, **kwargs: None).state == "unanswered"
+@pytest.mark.parametrize(("name", "words"), [*notebook_02.TASKS, *notebook_03.TASKS])
+def test_a_task_names_what_it_is_about(name: str, words: str) -> None:
+    assert words in ALL[name].task
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("nothing", [..., None], ids=["dots", "nothing"])
+def test_a_function_that_is_not_written_yet_counts_as_unanswered(name: str, nothing: Any) -> None:
+    found = exercises.review(name, lambda *args, **kwargs: nothing)
+    assert found.state == "unanswered" and ALL[name].task in found.text
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    "answer",
-    ["", "no idea", -1e300, float("nan"), [], {}, object(), print, lambda: 1 / 0, torch.ones(2, 2)],
-    ids=repr,
-)
-def test_no_answer_raises_and_nonsense_is_wrong(name: str, answer: object) -> None:
-    assert exercises.review(name, answer).state in ("wrong", "unanswered")
+@pytest.mark.parametrize("answer", NONSENSE, ids=lambda answer: type(answer).__name__)
+def test_nonsense_is_wrong_and_raises_nothing(name: str, answer: object) -> None:
+    assert exercises.review(name, answer).state == "wrong"
 
 
-def test_a_function_that_raises_is_named() -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_function_that_gives_nothing_back_is_never_right(name: str) -> None:
+    assert exercises.review(name, print).state in ("wrong", "unanswered")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_that_raises_is_named(name: str) -> None:
     def broken(*args: object, **kwargs: object) -> float:
         raise KeyError("tokens")
 
-    name = next(name for name, exercise in ALL.items() if exercise.trial is not None)
-    review = exercises.review(name, broken)
-    assert review.state == "wrong" and "KeyError: 'tokens'" in review.text
+    found = exercises.review(name, broken)
+    assert found.state == "wrong" and "KeyError: 'tokens'" in found.text
 
 
 def test_an_unknown_exercise_is_a_clear_error() -> None:
@@ -105,3 +154,59 @@ def test_numbers_are_read_in_the_forms_people_write(text: object, value: float) 
 def test_what_is_no_single_number_is_refused(text: object) -> None:
     with pytest.raises(ValueError):
         exercises.number(text)
+
+
+# -- what single exercises rest on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "labels", [notebook_02.by_counting, notebook_02.by_position, notebook_02.with_tensors]
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_right_answer_learns_just_the_answer_of_a_real_row(
+    labels: Callable, side: str, triage: dict, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt, answer = split_text(triage["train"][0], tiny_tokenizer)
+    prompt_ids = tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    answer_ids = tiny_tokenizer(answer, add_special_tokens=False)["input_ids"]
+    padding, real = [tiny_tokenizer.eos_token_id] * 5, prompt_ids + answer_ids
+    ids = padding + real if side == "left" else real + padding
+    mask = [0] * 5 + [1] * len(real) if side == "left" else [1] * len(real) + [0] * 5
+    got = torch.as_tensor(labels(ids, mask, len(prompt_ids))).tolist()
+    assert [label for label in got if label != -100] == answer_ids
+
+
+def test_the_trials_tell_the_known_rules_apart() -> None:
+    n = notebook_07
+    rules = (n.by_position, n.rises, n.never_forgives, n.forgives_ties, n.keeps)
+    outcomes = {tuple(rule(*trial) for trial in TRIALS) for rule in rules}
+    assert len(outcomes) == len(rules)
+
+
+def test_the_facts_that_the_exercises_of_notebook_09_rest_on() -> None:
+    settings = {
+        "batch_size": 4,
+        "sequence_length": 512,
+        "answer_length": 48,
+        "precision": "fp16",
+        "device": "cuda",
+        "attn_implementation": "sdpa",
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "rank 4": {"lora_rank": 4},
+        "paged optimizer": {"optimizer": "paged_adamw_8bit"},
+        "query_key_value only": {"target_modules": ["query_key_value"]},
+        "gradient checkpointing": {"gradient_checkpointing": True},
+    }
+    room = (1 - memory.HEADROOM) * memory.DEVICES["T4 (16 GB)"]
+    fits = {
+        change: memory.plan("tiiuae/falcon-7b", "qlora", **settings | more).total <= room
+        for change, more in changes.items()
+    }
+    assert [change for change, fit in fits.items() if fit] == ["gradient checkpointing"]
+    planned = memory.plan("tiiuae/falcon-7b", "qlora", batch_size=1, sequence_length=1)
+    per_weight = NF4_BYTES / WEIGHTS
+    unquantized = 4 * (65024 * 4544 + 2 * 4544 * 33)
+    in_4_bits = planned.components["weights"] - unquantized
+    assert in_4_bits / (32 * 207_060_992) == pytest.approx(per_weight, rel=1e-4)

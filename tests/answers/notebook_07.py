@@ -1,15 +1,10 @@
-"""The exercises of notebook 07: right answers in their forms, known mistakes with their hints."""
+"""Right forms and typical mistakes of notebook 07's exercises; test_exercises.py tries them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
-
-from helpers.exercises import review
-from helpers.exercises.notebook_07 import EXERCISES, TRIALS
 
 Curve = Sequence[tuple[int, float]]
 
@@ -127,33 +122,3 @@ WRONG = [
     ("07.4", lambda evals, patience: evals[0][0], "two things in hand"),
     ("07.4", lambda evals, patience: 1 / 0, "raised ZeroDivisionError"),
 ]
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_right_answers_in_every_form(name: str, answer: Any) -> None:
-    assert review(name, answer).state == "right"
-
-
-@pytest.mark.parametrize(("name", "answer", "words"), WRONG)
-def test_typical_mistakes_get_their_own_hint(name: str, answer: Any, words: str) -> None:
-    found = review(name, answer)
-    assert found.state == "wrong" and words in found.text
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("answer", [[], {}, "?", object(), -1e300, [[None]], lambda: 3, b"x"])
-def test_an_absurd_answer_is_wrong_and_raises_nothing(name: str, answer: Any) -> None:
-    assert review(name, answer).state == "wrong"
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("answer", [..., None])
-def test_an_unanswered_exercise_shows_its_task(name: str, answer: Any) -> None:
-    found = review(name, answer)
-    assert found.state == "unanswered" and EXERCISES[name].task in found.text
-
-
-def test_the_trials_tell_the_known_rules_apart() -> None:
-    rules = (by_position, rises, never_forgives, forgives_ties, keeps)
-    outcomes = {tuple(rule(*trial) for trial in TRIALS) for rule in rules}
-    assert len(outcomes) == len(rules)

@@ -1,15 +1,11 @@
-"""The exercises of notebook 08: right answers in their forms, known mistakes with their hints."""
+"""Right forms and typical mistakes of notebook 08's exercises; test_exercises.py tries them."""
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
-import pytest
 import torch
 
 from helpers.evaluation import wilson_interval
-from helpers.exercises import review
-from helpers.exercises.notebook_08 import EXERCISES
 
 Right = Sequence[bool]
 
@@ -123,48 +119,3 @@ WRONG = [
         "with replacement, and note",
     ),
 ]
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_right_answers(name: str, answer: Any) -> None:
-    result = review(name, answer)
-    assert result.state == "right", result.text
-    assert EXERCISES[name].praise in result.text
-
-
-@pytest.mark.parametrize(("name", "answer", "words"), WRONG)
-def test_mistakes_get_their_own_hint(name: str, answer: Any, words: str) -> None:
-    result = review(name, answer)
-    assert result.state == "wrong"
-    assert words in result.text
-
-
-def unwritten(first: Right, second: Right) -> Any: ...
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize("answer", [..., None])
-def test_no_answer_prints_the_task(name: str, answer: Any) -> None:
-    result = review(name, answer)
-    assert result.state == "unanswered"
-    assert EXERCISES[name].task in result.text
-
-
-def test_a_function_without_a_body_is_no_answer() -> None:
-    assert review("08.5", unwritten).state == "unanswered"
-
-
-@pytest.mark.parametrize("name", EXERCISES)
-@pytest.mark.parametrize(
-    "answer",
-    ["a duck", object(), [], {}, float("nan"), -1e300, [[]], len, torch.empty(0)],
-    ids=lambda answer: type(answer).__name__,
-)
-def test_absurd_answers_raise_nothing(name: str, answer: Any) -> None:
-    assert review(name, answer).state == "wrong"
-
-
-def test_every_hint_is_tested() -> None:
-    for name, exercise in EXERCISES.items():
-        tested = sum(case[0] == name for case in WRONG)
-        assert tested >= len(exercise.hints) + 1  # and the one for all other answers

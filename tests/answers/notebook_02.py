@@ -1,13 +1,6 @@
-"""Every right form and every typical mistake of notebook 02's exercises."""
+"""Right forms and typical mistakes of notebook 02's exercises; test_exercises.py tries them."""
 
-from collections.abc import Callable
-
-import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
-
-from helpers.data import split_text
-from helpers.exercises import review
 
 # -- 02.3: the labels of a padded row ----------------------------------------------------------
 
@@ -198,53 +191,3 @@ TASKS = [
     ("02.3", "row_labels"),
     ("02.4", "shorten"),
 ]
-
-
-@pytest.mark.parametrize(("name", "answer"), RIGHT)
-def test_every_right_form_is_accepted(name: str, answer: object) -> None:
-    assert review(name, answer).state == "right"
-
-
-@pytest.mark.parametrize(("name", "answer", "words"), WRONG)
-def test_every_typical_mistake_gets_its_own_hint(name: str, answer: object, words: str) -> None:
-    result = review(name, answer)
-    assert result.state == "wrong"
-    assert words in result.text
-
-
-@pytest.mark.parametrize(("name", "words"), TASKS)
-def test_no_answer_gets_the_task(name: str, words: str) -> None:
-    for nothing in (None, ...):
-        result = review(name, nothing)
-        assert result.state == "unanswered"
-        assert words in result.text
-
-
-@pytest.mark.parametrize("name", ["02.3", "02.4"])
-def test_a_function_without_a_body_is_unanswered(name: str) -> None:
-    assert review(name, lambda *arguments: ...).state == "unanswered"
-
-
-@pytest.mark.parametrize("name", [name for name, _ in TASKS])
-@pytest.mark.parametrize("answer", ["soup", [], float("nan"), object(), print, lambda: 1 / 0])
-def test_an_absurd_answer_raises_nothing(name: str, answer: object) -> None:
-    assert review(name, answer).state in ("wrong", "unanswered")
-
-
-def test_a_function_that_fails_says_how() -> None:
-    assert "ZeroDivisionError" in review("02.3", lambda *arguments: 1 // 0).text
-
-
-@pytest.mark.parametrize("labels", [by_counting, by_position, with_tensors])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_right_answer_learns_just_the_answer_of_a_real_row(
-    labels: Callable, side: str, triage: dict, tiny_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    prompt, answer = split_text(triage["train"][0], tiny_tokenizer)
-    prompt_ids = tiny_tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer_ids = tiny_tokenizer(answer, add_special_tokens=False)["input_ids"]
-    padding, real = [tiny_tokenizer.eos_token_id] * 5, prompt_ids + answer_ids
-    ids = padding + real if side == "left" else real + padding
-    mask = [0] * 5 + [1] * len(real) if side == "left" else [1] * len(real) + [0] * 5
-    got = torch.as_tensor(labels(ids, mask, len(prompt_ids))).tolist()
-    assert [label for label in got if label != -100] == answer_ids
