@@ -116,6 +116,10 @@ class Plan:
         """Bytes of all components together."""
         return sum(self.components.values())
 
+    def fits(self, memory: int, headroom: float = HEADROOM) -> bool:
+        """True if a device with so many bytes holds it and keeps `headroom` of them free."""
+        return self.total <= (1 - headroom) * memory
+
     def __str__(self) -> str:
         lines = [f"{name:12}{_size(size):>12}" for name, size in self.components.items()]
         return "\n".join([*lines, f"{'total':12}{_size(self.total):>12}"])
@@ -134,8 +138,9 @@ def will_it_fit(
     wide = max(map(len, plans))
     lines = [f"{'':{wide}}{'GiB':>8}" + "".join(f"{name:>15}" for name in devices)]
     for name, one in plans.items():
-        fits = [one.total <= (1 - headroom) * memory for memory in devices.values()]
-        marks = "".join(f"{'fits' if fit else '-':>15}" for fit in fits)
+        marks = "".join(
+            f"{'fits' if one.fits(memory, headroom) else '-':>15}" for memory in devices.values()
+        )
         lines.append(f"{name:{wide}}{one.total / GIB:>8.2f}{marks}")
     return "\n".join(lines)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from helpers import memory
 
 # Source: Okabe and Ito, "Color Universal Design" (2008).
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = (
@@ -68,12 +69,7 @@ def loss_curves(
         best_step: where the validation loss was lowest; marked if given.
     """
     figure, axes = _axes(title, "optimizer step", "loss (nats per answer token)")
-    if train:
-        steps, losses = zip(*train, strict=True)
-        axes.plot(steps, losses, color=GREY, linewidth=1.2, linestyle="--", label="training")
-    if evals:
-        steps, losses = zip(*evals, strict=True)
-        axes.plot(steps, losses, color=BLUE, marker="o", label="validation")
+    _draw_losses(axes, train, evals)
     if best_step is not None:
         axes.axvline(best_step, color=ORANGE, linestyle=":", label=f"lowest (step {best_step})")
     axes.set_ylim(bottom=0)
@@ -81,6 +77,17 @@ def loss_curves(
         axes.legend()
     plt.close(figure)
     return figure
+
+
+def _draw_losses(
+    axes: Axes, train: Sequence[Sequence[float]], evals: Sequence[Sequence[float]]
+) -> None:
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color=GREY, linewidth=1.2, linestyle="--", label="training")
+    if evals:
+        steps, losses = zip(*evals, strict=True)
+        axes.plot(steps, losses, color=BLUE, marker="o", label="validation")
 
 
 def shares(
@@ -169,6 +176,30 @@ def bars(values: Mapping[str, float], title: str, xlabel: str, fmt: str = "%.0f"
     return figure
 
 
+def _set_tokens(
+    groups: Sequence[tuple[Sequence[str], Sequence[str]]], columns: int
+) -> tuple[list[list[tuple[float, int, float, str]]], int]:
+    """Set tokens, each with a caption below it, in lines of `columns` characters.
+
+    Returns:
+        For every group a list with (x, line, width, text) of each token, and how many lines it
+        all takes. A group begins on a new line.
+    """
+    placed, line = [], 0
+    for texts, captions in groups:
+        x, group = 0.0, []
+        for text, caption in zip(texts, captions, strict=True):
+            shown = text.replace(" ", "·").replace("\n", "↵")
+            width = max(len(shown), len(caption) * 0.8 if caption else 1) + 0.9
+            if x and x + width > columns:
+                x, line = 0.0, line + 1
+            group.append((x, line, width, shown))
+            x += width + 0.5
+        placed.append(group)
+        line += 1
+    return placed, line
+
+
 def token_map(
     groups: Mapping[str, tuple[Sequence[str], Sequence[float]]],
     title: str,
@@ -185,38 +216,28 @@ def token_map(
         highest: the value that is drawn darkest; without it the highest of all. The lightest is 0.
         fmt: how the value under a token is written; "" leaves it out.
     """
-    columns, gap = 78, 0.5  # one column is as wide as one character
-    placed: list[tuple[float, int, float, str, float]] = []  # x, line, width, text, value
-    names: list[tuple[int, str]] = []
-    line = 0
-    for name, (texts, values) in groups.items():
-        names.append((line, name))
-        x = 0.0
-        for text, value in zip(texts, values, strict=True):
-            shown = text.replace(" ", "·").replace("\n", "↵")
-            width = max(len(shown), len(fmt % value) * 0.8 if fmt else 1) + 0.9
-            if x and x + width > columns:
-                x, line = 0.0, line + 1
-            placed.append((x, line, width, shown, value))
-            x += width + gap
-        line += 1
-    top = highest if highest is not None else max((item[-1] for item in placed), default=1.0)
+    columns = 78
+    captions = [[fmt % value if fmt else "" for value in values] for _, values in groups.values()]
+    texts = [texts for texts, _ in groups.values()]
+    placed, lines_needed = _set_tokens(list(zip(texts, captions, strict=True)), columns)
+    every = [value for _, values in groups.values() for value in values]
+    top = highest if highest is not None else max(every, default=1.0)
     colours = plt.get_cmap("Blues")
-    figure, axes = plt.subplots(figsize=(8.4, 0.75 + 0.52 * line))
-    for x, row, width, shown, value in placed:
-        strength = min(1.0, max(0.0, value / top)) if top else 0.0
-        box = plt.Rectangle((x, row + 0.06), width, 0.52, color=colours(strength), ec=GREY, lw=0.5)
-        axes.add_patch(box)
-        ink = "white" if strength > 0.55 else "black"
-        middle = x + width / 2
-        style = {"ha": "center", "va": "center"}
-        axes.text(middle, row + 0.33, shown, color=ink, family="monospace", fontsize=9, **style)
-        if fmt:
-            axes.text(middle, row + 0.75, fmt % value, color="#333333", fontsize=7, **style)
-    for row, name in names:
-        axes.text(-1, row + 0.33, name, ha="right", va="center", fontsize=10)
+    figure, axes = plt.subplots(figsize=(8.4, 0.75 + 0.52 * lines_needed))
+    style = {"ha": "center", "va": "center"}
+    for group, (_, values), under in zip(placed, groups.values(), captions, strict=True):
+        for (x, row, width, shown), value, caption in zip(group, values, under, strict=True):
+            strength = min(1.0, max(0.0, value / top)) if top else 0.0
+            box = {"color": colours(strength), "ec": GREY, "lw": 0.5}
+            axes.add_patch(plt.Rectangle((x, row + 0.06), width, 0.52, **box))
+            ink, middle = "white" if strength > 0.55 else "black", x + width / 2
+            axes.text(middle, row + 0.33, shown, color=ink, family="monospace", fontsize=9, **style)
+            axes.text(middle, row + 0.75, caption, color="#333333", fontsize=7, **style)
+    for name, group in zip(groups, placed, strict=True):
+        if group:
+            axes.text(-1, group[0][1] + 0.33, name, ha="right", va="center", fontsize=10)
     axes.set_xlim(0, columns)
-    axes.set_ylim(line, 0)
+    axes.set_ylim(lines_needed, 0)
     axes.axis("off")
     axes.set_title(title)
     scale = plt.cm.ScalarMappable(plt.Normalize(0, top), colours)
@@ -285,30 +306,24 @@ def token_ids(
         groups: {"prompt": (tokens as text, their ids, trained?), ...}; one block of lines each.
         title: the finding.
     """
-    columns, gap, line = 84, 0.5, 0
-    figure, axes = plt.subplots(figsize=(8.4, 1.0))
-    for name, (texts, ids, trained) in groups.items():
-        axes.text(-1, line + 0.33, name, ha="right", va="center")
-        x = 0.0
-        for text, number in zip(texts, ids, strict=True):
-            shown = text.replace(" ", "·").replace("\n", "↵")
-            width = max(len(shown), len(str(number)) * 0.8) + 0.9
-            if x and x + width > columns:
-                x, line = 0.0, line + 1
-            face = {"fc": BLUE, "ec": BLUE} if trained else {"fc": "white", "ec": GREY}
-            axes.add_patch(plt.Rectangle((x, line + 0.06), width, 0.52, lw=0.6, **face))
-            style = {"ha": "center", "va": "center"}
-            ink = "white" if trained else "black"
+    columns = 84
+    placed, lines_needed = _set_tokens(
+        [(texts, [str(number) for number in ids]) for texts, ids, _ in groups.values()], columns
+    )
+    figure, axes = plt.subplots(figsize=(8.4, 0.5 + 0.5 * lines_needed))
+    style = {"ha": "center", "va": "center"}
+    for (name, (_, ids, trained)), group in zip(groups.items(), placed, strict=True):
+        face = {"fc": BLUE, "ec": BLUE} if trained else {"fc": "white", "ec": GREY}
+        ink = "white" if trained else "black"
+        if group:
+            axes.text(-1, group[0][1] + 0.33, name, ha="right", va="center")
+        for (x, row, width, shown), number in zip(group, ids, strict=True):
+            axes.add_patch(plt.Rectangle((x, row + 0.06), width, 0.52, lw=0.6, **face))
             middle = x + width / 2
-            axes.text(
-                middle, line + 0.32, shown, color=ink, family="monospace", fontsize=9, **style
-            )
-            axes.text(middle, line + 0.75, str(number), color="#333333", fontsize=7, **style)
-            x += width + gap
-        line += 1
-    figure.set_size_inches(8.4, 0.5 + 0.5 * line)
+            axes.text(middle, row + 0.32, shown, color=ink, family="monospace", fontsize=9, **style)
+            axes.text(middle, row + 0.75, str(number), color="#333333", fontsize=7, **style)
     axes.set_xlim(0, columns)
-    axes.set_ylim(line, 0)
+    axes.set_ylim(lines_needed, 0)
     axes.axis("off")
     axes.set_title(title + " (filled)")
     plt.close(figure)
@@ -403,10 +418,10 @@ def memory_bars(
             )
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the devices' lines
-    for name, memory in devices.items():
-        axes.axvline(memory / gib, color="#333333", linestyle="--", linewidth=1)
-        axes.text(memory / gib, -0.75, name, ha="center", va="center", fontsize=8.5, bbox=box)
-    reach = 1.1 * max(*ends, *(memory / gib for memory in devices.values()))
+    for name, size in devices.items():
+        axes.axvline(size / gib, color="#333333", linestyle="--", linewidth=1)
+        axes.text(size / gib, -0.75, name, ha="center", va="center", fontsize=8.5, bbox=box)
+    reach = 1.1 * max(*ends, *(size / gib for size in devices.values()))
     for position, end in enumerate(ends):
         axes.text(end + reach / 90, position, f"{end:.1f}", va="center", fontsize=9, bbox=box)
     axes.set_ylim(len(names) - 0.5, -1)
@@ -432,12 +447,7 @@ def loss_panels(
     for axes, (name, (train, evals)) in zip(panels[0], runs.items(), strict=True):
         axes.set_title(name)
         axes.set_xlabel("optimizer step")
-        if train:
-            steps, losses = zip(*train, strict=True)
-            axes.plot(steps, losses, color=GREY, linewidth=1.2, linestyle="--", label="training")
-        if evals:
-            steps, losses = zip(*evals, strict=True)
-            axes.plot(steps, losses, color=BLUE, marker="o", label="validation")
+        _draw_losses(axes, train, evals)
     panels[0][0].set_ylim(bottom=0)
     panels[0][0].set_ylabel("loss (nats per\nanswer token)")
     panels[0][-1].legend()
@@ -481,15 +491,13 @@ def ranges(
     return figure
 
 
-def memory_plan(plan: Any) -> Figure:
-    """Draw one `helpers.memory.Plan` against the memory of known machines, up to the first fit."""
-    from helpers.memory import DEVICES, HEADROOM
-
+def memory_plan(plan: memory.Plan) -> Figure:
+    """Draw one plan against the memory of known machines, up to the first fit."""
     devices, fits = {}, False
-    for name, memory in sorted(DEVICES.items(), key=lambda device: device[1]):
-        if not fits:
-            devices[name] = memory
-        fits = fits or plan.total <= (1 - HEADROOM) * memory
-    where = f"fits on: {list(devices)[-1]}" if fits else "fits on none of these"
+    for name, size in sorted(memory.DEVICES.items(), key=lambda device: device[1]):
+        devices[name] = size
+        if fits := plan.fits(size):
+            break
+    where = f"fits on: {name}" if fits else "fits on none of these"
     title = f"{plan.method} takes {plan.total / 2**30:.1f} GiB and {where}"
     return memory_bars({plan.method: plan.components}, devices, title)

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -114,19 +115,21 @@ def tuned_adapter(profile: Profile) -> Path:
         return target
     print("Training the adapter (once; it is kept for the other notebooks) ...")
     tokenizer = load_tokenizer(profile)
-    rows = encode(load_triage()["train"], tokenizer, profile.max_length)
-    watched = encode(load_triage()["validation"].select(range(40)), tokenizer, profile.max_length)
+    triage = load_triage()
+    rows = encode(triage["train"], tokenizer, profile.max_length)
+    watched = encode(triage["validation"].select(range(40)), tokenizer, profile.max_length)
     steps = steps_for(len(rows), profile.batch_size, 1)
     set_seed(42)
     model = add_adapter(load_model(profile), profile)
-    with tempfile.TemporaryDirectory() as folder:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="unfinished-") as folder:
         arguments = training_arguments(
             profile, folder, steps, num_train_epochs=1, save_strategy="no"
         )
         make_trainer(model, arguments, rows, watched, tokenizer, (OneLineProgress(),)).train()
         model.save_pretrained(Path(folder) / "adapter")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(Path(folder) / "adapter", target, dirs_exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # of a notebook that was stopped while it saved
+        os.replace(Path(folder) / "adapter", target)
     return target
 
 

@@ -150,11 +150,11 @@ class Explorer:
         self.status = ipywidgets.Label()
         for control in self.controls.values():
             control.observe(lambda _: self.redraw(), names="value")
-        first = self.picture_now()
-        if isinstance(first, str):
-            self.picture: ipywidgets.Widget = ipywidgets.HTML(first)
+        self._still = self.picture_now()
+        if isinstance(self._still, str):
+            self.picture: ipywidgets.Widget = ipywidgets.HTML(self._still)
         else:
-            self.picture = ipywidgets.Image(value=png(first), format="png")
+            self.picture = ipywidgets.Image(value=png(self._still), format="png")
             self.picture.layout.max_width = "100%"
         self.box = ipywidgets.VBox([*self.controls.values(), self.status, self.picture])
         self.box.add_class("course-widget")
@@ -167,7 +167,7 @@ class Explorer:
         """Draw again. What cannot be drawn is said below the controls; the old picture stays."""
         try:
             with _DRAWING:
-                now = self.picture_now()
+                self._still = now = self.picture_now()
                 self.picture.value = now if isinstance(now, str) else png(now)
             self.status.value = ""
         except (CourseError, ValueError) as error:
@@ -175,7 +175,7 @@ class Explorer:
 
     def show(self) -> None:
         """Display the controls and the picture."""
-        show(self.box, self.picture_now())
+        show(self.box, self._still)  # drawn already; drawing may mean asking several models
 
 
 def _wide(control: ipywidgets.Widget) -> ipywidgets.Widget:

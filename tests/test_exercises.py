@@ -199,9 +199,9 @@ def test_the_facts_that_the_exercises_of_notebook_09_rest_on() -> None:
         "query_key_value only": {"target_modules": ["query_key_value"]},
         "gradient checkpointing": {"gradient_checkpointing": True},
     }
-    room = (1 - memory.HEADROOM) * memory.DEVICES["T4 (16 GB)"]
+    card = memory.DEVICES["T4 (16 GB)"]
     fits = {
-        change: memory.plan("tiiuae/falcon-7b", "qlora", **settings | more).total <= room
+        change: memory.plan("tiiuae/falcon-7b", "qlora", **settings | more).fits(card)
         for change, more in changes.items()
     }
     assert [change for change, fit in fits.items() if fit] == ["gradient checkpointing"]
