@@ -26,6 +26,8 @@ FALL_OF_GAIN = 0.07
 # "Diverging": training lost this share of what it had gained. Not less, because a memorising run
 # drifts up within each epoch, before its next step-like drop.
 LOST_OF_GAIN = 0.3
+# ... or ended this many times above its first value: a run that blew up before it gained anything.
+BLOWN_UP = 1.5
 # "Flat" is a finding only if any change that noise could hide is below this share of the gain ...
 BLUR_OF_GAIN = 0.5
 # ... or, where validation was flat from its first evaluation on, below this share of its level.
@@ -83,6 +85,7 @@ def diagnose(train: Iterable[tuple[int, float]], evals: Iterable[tuple[int, floa
             )
             return Diagnosis("diverging", best_step, "high" if bad[-1] else "medium", text)
 
+    first_loss = train_loss[0] if len(train_loss) else 0.0
     train_steps, train_loss = _usable(train_steps, train_loss)
     trn = _levels(train_steps, train_loss) if len(train_loss) >= MIN_EVALS else None
     if trn:
@@ -93,6 +96,13 @@ def diagnose(train: Iterable[tuple[int, float]], evals: Iterable[tuple[int, floa
                 "beyond its noise. Lower the learning rate or lengthen the warm-up."
             )
             sure = _confidence(_ratio(trn.rise, limit), len(train_loss))
+            return Diagnosis("diverging", best_step, sure, text)
+        if 0 < BLOWN_UP * first_loss < trn.end:
+            text = (
+                f"Training loss began at {first_loss:.3g} and ended at {trn.end:.3g}. "
+                "Lower the learning rate or lengthen the warm-up."
+            )
+            sure = _confidence(_ratio(trn.end, BLOWN_UP * first_loss), len(train_loss))
             return Diagnosis("diverging", best_step, sure, text)
 
     if len(loss) < MIN_EVALS:

@@ -38,6 +38,8 @@ from helpers.models import cache_dir, load_model, load_tokenizer, quiet, ready
 from helpers.profiles import Profile
 
 METHODS = ("lora", "qlora", "full")
+# Tokens; notebook 05 learns from the rows up to here: with the longer ones it takes over 5 minutes.
+LESSON_LENGTH = 80
 
 
 def lora_config(profile: Profile, rank: int | None = None, **overrides: Any) -> LoraConfig:
@@ -103,7 +105,7 @@ def training_arguments(
 
 
 def tuned_adapter(profile: Profile) -> Path:
-    """The folder of the course's fine-tuned adapter: one epoch over the whole train split.
+    """The folder of the course's fine-tuned adapter: one epoch over the rows of notebook 05.
 
     Several notebooks look at the same fine-tuned model. It is trained once, with the profile's own
     settings and seed 42 (some minutes on a CPU, with a line of progress per evaluation), and kept
@@ -116,8 +118,8 @@ def tuned_adapter(profile: Profile) -> Path:
     print("Training the adapter (once; it is kept for the other notebooks) ...")
     tokenizer = load_tokenizer(profile)
     triage = load_triage()
-    rows = encode(triage["train"], tokenizer, profile.max_length)
-    watched = encode(triage["validation"].select(range(40)), tokenizer, profile.max_length)
+    rows = up_to(encode(triage["train"], tokenizer, profile.max_length), LESSON_LENGTH)
+    watched = encode(triage["validation"].select(range(24)), tokenizer, profile.max_length)
     steps = steps_for(len(rows), profile.batch_size, 1)
     set_seed(42)
     model = add_adapter(load_model(profile), profile)
@@ -133,9 +135,14 @@ def tuned_adapter(profile: Profile) -> Path:
     return target
 
 
+def up_to(features: Dataset, length: int) -> Dataset:
+    """The features of `helpers.data.encode` that are at most `length` tokens long."""
+    return features.select([i for i, n in enumerate(features["length"]) if n <= length])
+
+
 def tuned_folder(profile: Profile) -> Path:
     """Where `tuned_adapter` keeps its adapter; another profile or other data give another one."""
-    settings = json.dumps(dataclasses.asdict(profile), sort_keys=True)
+    settings = json.dumps(dataclasses.asdict(profile) | {"up to": LESSON_LENGTH}, sort_keys=True)
     rows = "".join(load_triage()["train"]["message"])
     digest = hashlib.sha256((settings + rows).encode()).hexdigest()
     return cache_dir() / "runs" / f"tuned-{digest[:12]}"

@@ -169,7 +169,9 @@ def clear_counts(path: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", ["00_start_here", "03_quantization", "05_training"])
+@pytest.mark.parametrize(
+    "name", ["00_start_here", "03_quantization", "05_training", "07_overfitting_diagnosis"]
+)
 def test_a_notebook_runs_to_its_end(name: str, page: Page, lab: tuple[str, Path]) -> None:
     clear_counts(lab[1] / f"{name}.ipynb")
     path = open_notebook(page, lab, f"{name}.ipynb")

@@ -228,6 +228,16 @@ def test_constant_curves():
     assert (found.verdict, found.confidence) == ("healthy", "low")
 
 
+def test_a_run_that_blows_up_at_once_is_diverging_though_it_comes_down_again():
+    # SmolLM2 at ten times its learning rate.
+    losses = [3.3, 8.4, 33.8, 27.9, 21.6, 30.3, 52.0, 15.9, 15.1, 15.5, 14.7, 12.3, 10.1, 11.9]
+    found = diagnose(curve([*losses, 9.2, 10.4, 9.2, 9.8, 8.4, 6.8]), curve([6.9]))
+    assert found.verdict == "diverging"
+    assert "began at 3.3 and ended at 6.8" in found.explanation
+    recovered = curve([*losses, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0])
+    assert diagnose(recovered, curve(FLAT)).verdict != "diverging"
+
+
 def test_a_rise_from_exactly_zero_is_diverging():
     assert diagnose(curve([0.0] * 20 + [1.0] * 20), []).verdict == "diverging"
 

@@ -103,7 +103,8 @@ EXERCISES = {
         task=(
             f"A prompt holds {PREFIX} tokens of instruction and chat marks, {SHOTS} examples of "
             f"{SHOT} tokens each, and a message of {MESSAGE} tokens. The answer has {ANSWER} "
-            f"tokens. How many prompt tokens do {REQUESTS} requests take? Set answer to the number."
+            f"tokens. How many prompt tokens do {REQUESTS} requests take? Set prompt_tokens to the "
+            "number."
         ),
         right=lambda answer: close(answer, PAID, 0) or says(answer, "240k", "240 k"),
         praise=f"{PREFIX} + {SHOTS} x {SHOT} + {MESSAGE} tokens, {REQUESTS} times.",
@@ -137,7 +138,8 @@ EXERCISES = {
             "For each weight and token the forward pass costs one multiplication. The backward "
             "pass costs one for the gradient that is handed down to the layer below, and one for "
             "the gradient of the weight itself. LoRA freezes the weights; neglect its own small "
-            "matrices. Which share of the multiplications of full fine-tuning is left? Set answer."
+            "matrices. Which share of the multiplications of full fine-tuning is left? Set "
+            "share_left."
         ),
         right=lambda answer: _is_share(answer, 2 / 3),
         praise="Two of three are left, however few weights learn. Section 10 counts nearly that.",
@@ -169,7 +171,7 @@ EXERCISES = {
             "A few-shot prompt has 340 tokens, the prompt of the fine-tuned model 40. A million "
             "prompt tokens cost 0.10 euro with either. Fine-tuning took half an hour on a GPU "
             "rented at 0.60 euro an hour. After how many requests has it paid for itself? "
-            "Set answer to the number."
+            "Set requests to the number."
         ),
         right=lambda answer: close(answer, 10_000, 0) or says(answer, "10k", "10 k"),
         praise="0.30 euro of training, 300 tokens or 0.00003 euro saved with each request.",
@@ -195,7 +197,7 @@ EXERCISES = {
     ),
     "01.4": Exercise(
         task=(
-            f"Which way do you try first? Set answer to a dict such as {{'a': 'lora', ...}}, with "
+            f"Which way do you try first? Set choices to a dict such as {{'a': 'lora', ...}}, with "
             f"values from {', '.join(WAYS)}; each of them at most once.\n"
             "(a) Every ticket number in the mails looks like #123456, and you want it out.\n"
             "(b) A shop gets twenty mails a day, nobody has labelled any, and a large hosted model "
@@ -249,11 +251,12 @@ EXERCISES = {
     ),
     "01.5": Exercise(
         task=(
-            "Write few_shot(system, examples, message, count, budget). It returns chat messages: "
-            "the system text, then examples as turns of user and assistant, then the message. "
-            "examples is a list of (message, ticket). count(messages) tells how many tokens a "
-            "list of chat messages has. Take examples from the front, as long as the whole prompt "
-            "has at most budget tokens; stop at the first that does not fit."
+            "Write within_budget(system, examples, message, count, budget). It returns chat "
+            "messages: the system text, then examples as turns of user and assistant, then "
+            "the message. examples is a list of (message, ticket). count(messages) tells how "
+            "many tokens a list of chat messages has. Take examples from the front, as long "
+            "as the whole prompt has at most budget tokens; stop at the first that does not "
+            "fit."
         ),
         right=_right_prompt,
         praise="The message is always in, and the examples take what room is left.",

@@ -64,8 +64,9 @@ EXERCISES = {
     "05.2": Exercise(
         task=(
             "Write cosine(step, steps, warmup, peak): the learning rate rises in a straight line "
-            "from 0 to peak over the first warmup steps, then falls along half a cosine wave to 0 "
-            "at the last step, as lr_scheduler_type='cosine' does."
+            "from 0 to peak over the first warmup steps, then falls along half a cosine wave that "
+            "would reach 0 one step after the last (at step = steps), as "
+            "lr_scheduler_type='cosine' does."
         ),
         right=_same,
         praise="Your schedule is the library's, at every step.",

@@ -76,8 +76,8 @@ READ = Exercise(
 
 EPOCH = Exercise(
     task=(
-        "The stored baseline has its lowest validation loss at step 10. It trains on 8 rows in "
-        "batches of 4. After how many epochs would you stop next time?"
+        "The stored baseline of seed 0 has its lowest validation loss at step 10. It trains on 8 "
+        "rows in batches of 4. After how many epochs would you stop next time?"
     ),
     right=lambda answer: close(answer, 5, 0),
     praise="Two steps an epoch: every row was read five times.",

@@ -54,7 +54,7 @@ CHANGES: dict[str, dict[str, float]] = {
     "dropout 0.2": {"dropout": 0.2},
     "weight decay 0.1": {"weight_decay": 0.1},
 }
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2)
 
 
 def short_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
