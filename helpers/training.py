@@ -119,7 +119,7 @@ def tuned_adapter(profile: Profile) -> Path:
     tokenizer = load_tokenizer(profile)
     triage = load_triage()
     rows = up_to(encode(triage["train"], tokenizer, profile.max_length), LESSON_LENGTH)
-    watched = encode(triage["validation"].select(range(24)), tokenizer, profile.max_length)
+    watched = encode(triage["validation"].select(range(16)), tokenizer, profile.max_length)
     steps = steps_for(len(rows), profile.batch_size, 1)
     set_seed(42)
     model = add_adapter(load_model(profile), profile)
