@@ -84,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         return run(python, "-m", "jupyter", "lab", "notebooks/00_start_here.ipynb", *rest)
     python = prepare("requirements-test.txt")
     if options.command == "test":
-        return run(python, "-m", "pytest", *rest)
+        # Two files of tests at a time, each with half of the cores (tests/conftest.py).
+        return run(
+            python, "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *rest
+        )
     return run(python, "-m", "helpers.notebooks", *rest)
 
 

@@ -149,57 +149,72 @@ def _size(size: int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `plan` and `simulate`, checked."""
+    """The training step that `plan` and `simulate` are asked about.
 
-    method: str
+    Attributes:
+        method: "full" (all weights learn, kept in fp32), "lora" (frozen weights in `precision`),
+            "int8" or "qlora" (frozen weights in 8 or in 4 bits, the rest in fp32). The last three
+            train a LoRA adapter in fp32.
+        batch_size, sequence_length: rows, and tokens per row with its padding.
+        answer_length: positions at the end of a row that get logits (the `logits_to_keep` of
+            `helpers.data.CompletionCollator`); all if not given.
+        precision: "fp32", "bf16" or "fp16": what is computed in, by autocast.
+        lora_rank, target_modules: of the adapter; all linear layers if not given.
+        gradient_checkpointing: keep each layer's input alone and compute the rest again.
+        optimizer: "adamw" (PyTorch's, fused) or "paged_adamw_8bit" (bitsandbytes').
+        attn_implementation: "eager" or "sdpa".
+        device: "cpu" or "cuda"; some paths differ.
+
+    Raises:
+        CourseError: for a value that is none of these.
+    """
+
+    method: str = "lora"
     batch_size: int
     sequence_length: int
-    keep: int  # positions that get logits
-    precision: str
-    lora_rank: int
-    target_modules: tuple[str, ...] | None
-    gradient_checkpointing: bool
-    optimizer: str
-    attn_implementation: str
-    device: str
+    answer_length: int | None = None
+    precision: str = "fp32"
+    lora_rank: int = 16
+    target_modules: Sequence[str] | None = None
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"
+    attn_implementation: str = "eager"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "method": METHODS,
+            "precision": tuple(PRECISIONS),
+            "optimizer": OPTIMIZERS,
+            "attn_implementation": ("eager", "sdpa"),
+            "device": ("cpu", "cuda"),
+        }
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise CourseError(f"There is no {name} {value!r}. Choose one of {allowed}.")
+        for name in ("batch_size", "sequence_length", "lora_rank"):
+            if (value := getattr(self, name)) < 1:
+                raise CourseError(f"{name} must be at least 1, not {value}.")
+        answer, length = self.answer_length, self.sequence_length
+        if answer is not None and not 1 <= answer <= length:
+            raise CourseError(f"answer_length must be from 1 to {length}, not {answer}.")
+
+    @property
+    def keep(self) -> int:
+        """Positions per row that get logits."""
+        return self.answer_length or self.sequence_length
 
     @property
     def dtype(self) -> torch.dtype:
+        """The torch dtype of `precision`."""
         return PRECISIONS[self.precision]
 
     @property
     def autocast(self) -> bool:
         """Trainer computes in bf16 or fp16 by autocast, whatever format the weights have."""
         return self.precision != "fp32"
-
-
-def _settings(
-    method: str, answer_length: int | None, target_modules: Sequence[str] | None, **rest: Any
-) -> Settings:
-    choices = {
-        "method": (method, METHODS),
-        "precision": (rest["precision"], tuple(PRECISIONS)),
-        "optimizer": (rest["optimizer"], OPTIMIZERS),
-        "attn_implementation": (rest["attn_implementation"], ("eager", "sdpa")),
-        "device": (rest["device"], ("cpu", "cuda")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise CourseError(f"There is no {name} {value!r}. Choose one of {allowed}.")
-    for name in ("batch_size", "sequence_length", "lora_rank"):
-        if rest[name] < 1:
-            raise CourseError(f"{name} must be at least 1, not {rest[name]}.")
-    length = rest["sequence_length"]
-    if answer_length is not None and not 1 <= answer_length <= length:
-        raise CourseError(f"answer_length must be from 1 to {length}, not {answer_length}.")
-    return Settings(
-        method=method,
-        keep=answer_length or length,
-        target_modules=tuple(target_modules) if target_modules else None,
-        **rest,
-    )
 
 
 def _config(model: str | PreTrainedConfig | torch.nn.Module) -> tuple[str, PreTrainedConfig]:
@@ -250,16 +265,19 @@ class _Shape:
 
 def _shape(config: PreTrainedConfig) -> _Shape:
     h, layers = config.hidden_size, config.num_hidden_layers
+    common: dict[str, Any] = {
+        "layers": layers,
+        "hidden": h,
+        "heads": config.num_attention_heads,
+        "vocabulary": config.vocab_size,
+        "tied": config.tie_word_embeddings,
+    }
     if config.model_type == "llama":
         width = getattr(config, "head_dim", None) or h // config.num_attention_heads
         queries, keys = config.num_attention_heads * width, config.num_key_value_heads * width
         inner = config.intermediate_size
         return _Shape(
-            layers=layers,
-            hidden=h,
-            heads=config.num_attention_heads,
-            vocabulary=config.vocab_size,
-            tied=config.tie_word_embeddings,
+            **common,
             linears={
                 "q_proj": (h, queries),
                 "k_proj": (h, keys),
@@ -284,11 +302,7 @@ def _shape(config: PreTrainedConfig) -> _Shape:
         width = h // config.num_attention_heads
         inner = config.ffn_hidden_size
         return _Shape(
-            layers=layers,
-            hidden=h,
-            heads=config.num_attention_heads,
-            vocabulary=config.vocab_size,
-            tied=config.tie_word_embeddings,
+            **common,
             linears={
                 "query_key_value": (h, h + 2 * width),
                 "dense": (h, h),
@@ -312,96 +326,58 @@ def _shape(config: PreTrainedConfig) -> _Shape:
 
 
 def plan(
-    model: str | PreTrainedConfig | torch.nn.Module,
-    method: str = "lora",
-    *,
-    batch_size: int,
-    sequence_length: int,
-    answer_length: int | None = None,
-    precision: str = "fp32",
-    lora_rank: int = 16,
-    target_modules: Sequence[str] | None = None,
-    gradient_checkpointing: bool = False,
-    optimizer: str = "adamw",
-    attn_implementation: str = "eager",
-    device: str = "cpu",
-    simulate: bool = False,
+    model: str | PreTrainedConfig | torch.nn.Module, method: str = "lora", **settings: Any
 ) -> Plan:
     """Plan the memory of a training step from the shape of a model, by formula.
 
     Args:
         model: "SmolLM2-135M-Instruct", "tiiuae/falcon-7b", a config or a model of the architecture
             Llama or Falcon-7B. Weights are neither needed nor read.
-        method: "full" (all weights learn, kept in fp32), "lora" (frozen weights in `precision`),
-            "int8" or "qlora" (frozen weights in 8 or in 4 bits, the rest in fp32). The last three
-            train a LoRA adapter in fp32.
-        batch_size, sequence_length: rows, and tokens per row with its padding.
-        answer_length: positions at the end of a row that get logits (the `logits_to_keep` of
-            `helpers.data.CompletionCollator`); all if not given.
-        precision: "fp32", "bf16" or "fp16": what is computed in, by autocast.
-        lora_rank, target_modules: of the adapter; all linear layers if not given.
-        gradient_checkpointing: keep each layer's input alone and compute the rest again.
-        optimizer: "adamw" (PyTorch's, fused) or "paged_adamw_8bit" (bitsandbytes').
-        attn_implementation: "eager" or "sdpa".
-        device: "cpu" or "cuda"; some paths differ.
-        simulate: give `simulate`'s answer instead.
+        method: "full", "lora", "int8" or "qlora".
+        settings: batch_size and sequence_length, and what else differs from the defaults of
+            `Settings`, which explains them all.
 
     Raises:
         CourseError: for an unknown model or setting.
     """
     name, config = _config(model)
-    settings = _settings(
-        method,
-        answer_length,
-        target_modules,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        precision=precision,
-        lora_rank=lora_rank,
-        gradient_checkpointing=gradient_checkpointing,
-        optimizer=optimizer,
-        attn_implementation=attn_implementation,
-        device=device,
-    )
-    if simulate:
-        from helpers import simulation
-
-        return simulation.simulate(name, config, settings)
+    step = Settings(method=method, **settings)
     shape = _shape(config)
-    targets = settings.target_modules or tuple(shape.linears)
+    targets = step.target_modules or tuple(shape.linears)
     if unknown := [target for target in targets if target not in shape.linears]:
         raise CourseError(f"{name} has no linear layer {unknown[0]!r}: {tuple(shape.linears)}.")
 
     # What is there from the first step on: exact.
-    frozen = _weight_bytes(shape, settings)
-    ranks = [sum(shape.linears[target]) * settings.lora_rank for target in targets]
+    frozen = _weight_bytes(shape, step)
+    ranks = [sum(shape.linears[target]) * step.lora_rank for target in targets]
     learning = shape.layers * sum(ranks)
     if method == "full":
         learning = shape.layers * shape.linear_weights + shape.other_weights
+    eight_bits = step.optimizer == "paged_adamw_8bit"
     always = dict.fromkeys(COMPONENTS, 0) | {
         "weights": frozen,
         "adapters": 0 if method == "full" else 4 * learning,
         # Two fp32 numbers per weight; or two bytes, and two fp32 scales for 256 weights.
-        "optimizer": 8 * learning if optimizer == "adamw" else 2 * learning + 8 * learning // 256,
+        "optimizer": 2 * learning + 8 * learning // 256 if eight_bits else 8 * learning,
     }
 
     # What a forward pass leaves behind for the backward pass.
-    tokens, positions = batch_size * sequence_length, batch_size * settings.keep
-    layer = tokens * _kept_per_token(shape, settings, targets)
-    stream = tokens * shape.hidden * _stream_bytes(settings)
-    past_checkpoints = tokens * _kept_past_checkpoints(shape, settings, targets)
-    kept = shape.layers * (stream + past_checkpoints if gradient_checkpointing else layer)
+    tokens, positions = step.batch_size * step.sequence_length, step.batch_size * step.keep
+    layer = tokens * _kept_per_token(shape, step, targets)
+    stream = tokens * shape.hidden * _stream_bytes(step)
+    past_checkpoints = tokens * _kept_past_checkpoints(shape, step, targets)
+    kept = shape.layers * (stream + past_checkpoints if step.gradient_checkpointing else layer)
     kept += (
         tokens * shape.hidden * (8 if method == "full" and not shape.one_key else 4)
     )  # last norm
-    if settings.autocast and not gradient_checkpointing:  # 16-bit copies of weights that learn
+    if step.autocast and not step.gradient_checkpointing:  # 16-bit copies of weights that learn
         copied = shape.layers * (shape.linear_weights if method == "full" else sum(ranks))
-        kept += copied * settings.dtype.itemsize
+        kept += copied * step.dtype.itemsize
 
     # The step is fullest at one of four moments.
-    again = layer if gradient_checkpointing else 0
+    again = layer if step.gradient_checkpointing else 0
     table = shape.vocabulary * shape.hidden
-    cast_table = table * settings.dtype.itemsize if _output_is_cast(settings) else 0
+    cast_table = table * step.dtype.itemsize if _output_is_cast(step) else 0
     table_gradient = 4 * table if method == "full" else 0
     distribution = 4 * positions * shape.vocabulary  # one fp32 number per position and token
     moments = {
@@ -412,12 +388,12 @@ def plan(
         },
         # the last layer's backward pass; checkpointed, it is computed again first
         "MLP": {
-            "activations": kept + again + tokens * _mlp_work(shape, settings, targets),
+            "activations": kept + again + tokens * _mlp_work(shape, step, targets),
             "gradients": table_gradient,
         },
         # scores before and after the mask, or the gradients of scores; the MLP keeps nothing yet
         "attention": {
-            "activations": kept + again + tokens * _attention_work(shape, settings, targets),
+            "activations": kept + again + tokens * _attention_work(shape, step, targets),
             "gradients": table_gradient,
         },
         # A table that serves as embedding and as output layer has two gradients, and their sum.
@@ -584,7 +560,10 @@ def simulate(
     Raises:
         CourseError: for an unknown model or setting.
     """
-    return plan(model, method, simulate=True, **settings)
+    from helpers import simulation
+
+    name, config = _config(model)
+    return simulation.simulate(name, config, Settings(method=method, **settings))
 
 
 @dataclasses.dataclass

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 # Read by the libraries when they are imported, so it stands before those imports.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Threads of two processes that wait for each other on one core are many times slower.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -17,6 +20,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers import CourseError, models
 from helpers.data import load_triage
 from helpers.profiles import PROFILES, Profile
+
+
+def find_browser() -> str | None:
+    """Chromium's path: COURSE_BROWSER, or what is installed."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, names)), None)
+
+
+@pytest.fixture(scope="session")
+def browser() -> str | None:
+    return find_browser()
+
+
+@pytest.hookimpl(trylast=True)  # after -k, -m and --deselect
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run no notebook twice: nbval leaves out those that the browser test runs and compares."""
+    test = "test_a_notebook_runs_to_its_end["
+    names = {item.name.removeprefix(test)[:-1] for item in items if item.name.startswith(test)}
+    if find_browser() is None:
+        names = set()
+    twice = [item for item in items if item.path.suffix == ".ipynb" and item.path.stem in names]
+    items[:] = [item for item in items if item not in twice]
+    config.hook.pytest_deselected(items=twice)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """The course as a learner meets it: JupyterLab in a real browser.
 
 Debian's Chromium, driven by Playwright, opens notebooks on loopback, runs all cells, moves sliders
-and presses buttons. Screenshots stay in tests/screenshots. COURSE_BROWSER names another browser;
-where none is found these tests skip, unless COURSE_BROWSER_REQUIRED is set, as CI does.
+and presses buttons. What the cells show is compared with what is stored, by nbval's rules, and
+nbval leaves these notebooks out: none runs twice (tests/conftest.py). Screenshots stay in
+tests/screenshots. COURSE_BROWSER names another browser; where none is found these tests skip and
+nbval runs all notebooks, unless COURSE_BROWSER_REQUIRED is set, as CI does.
 """
 
 import json
@@ -46,11 +48,6 @@ SETTINGS = {
 }
 
 
-def find_browser() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    return os.environ.get("COURSE_BROWSER") or next(filter(None, map(shutil.which, names)), None)
-
-
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """The address of a JupyterLab on loopback, and the folder with copies that it serves."""
@@ -91,8 +88,7 @@ def wait_for_server(address: str, server: subprocess.Popen[bytes], log: Path) ->
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    browser = find_browser()
+def page(tmp_path_factory: pytest.TempPathFactory, browser: str | None) -> Iterator[Page]:
     if browser is None:
         assert "COURSE_BROWSER_REQUIRED" not in os.environ, "no Chromium, and CI needs one"
         pytest.skip("no Chromium is here (Debian: apt install chromium)")
@@ -168,6 +164,24 @@ def clear_counts(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def shown(cell: nbformat.NotebookNode) -> dict[str, str]:
+    """What a cell shows, by kind. Like nbval, leave out pictures and the widgets' own state."""
+    texts: dict[str, str] = {}
+    for output in cell.outputs:
+        kinds = {output.name: output.text} if output.output_type == "stream" else output.data
+        for kind, text in kinds.items():
+            if not kind.startswith("image/") and "widget" not in kind:
+                texts[kind] = texts.get(kind, "") + text
+    return texts
+
+
+def compare(ran: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> None:
+    """Every cell that is not marked as changing shows what is stored."""
+    for new, old in zip(ran.cells, stored.cells, strict=True):
+        if old.cell_type == "code" and "nbval-ignore-output" not in old.metadata.get("tags", []):
+            assert shown(new) == shown(old), old.source
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "name", ["00_start_here", "03_quantization", "05_training", "07_overfitting_diagnosis"]
@@ -176,7 +190,8 @@ def test_a_notebook_runs_to_its_end(name: str, page: Page, lab: tuple[str, Path]
     clear_counts(lab[1] / f"{name}.ipynb")
     path = open_notebook(page, lab, f"{name}.ipynb")
     run_all(page)
-    wait_until_run(page, path, minutes=25)
+    ran = wait_until_run(page, path, minutes=25)
+    compare(ran, nbformat.read(ROOT / "notebooks" / path.name, as_version=4))
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     move_every_slider(page)
