@@ -127,7 +127,7 @@ def wait_until_run(page: Page, path: Path, minutes: float) -> nbformat.NotebookN
     """Wait until all cells ran, save, and return the notebook. Fails at the first error output."""
     deadline = time.monotonic() + 60 * minutes
     while True:
-        page.wait_for_timeout(2000)
+        page.wait_for_timeout(5000)
         busy = page.evaluate(
             "() => jupyterapp.shell.currentWidget.content.widgets.some("
             "cell => cell.model.type === 'code' && cell.model.executionState === 'running')"
