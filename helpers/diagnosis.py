@@ -92,7 +92,7 @@ def diagnose(train: Iterable[tuple[int, float]], evals: Iterable[tuple[int, floa
         limit = max(trn.blur, LOST_OF_GAIN * trn.gain, WORTH * trn.low)
         if trn.rise > limit:
             text = (
-                f"Training loss had come down to {trn.low:.3g} and ended at {trn.end:.3g}, a rise "
+                f"Training loss was as low as {trn.low:.3g} and ended at {trn.end:.3g}, a rise "
                 "beyond its noise. Lower the learning rate or lengthen the warm-up."
             )
             sure = _confidence(_ratio(trn.rise, limit), len(train_loss))

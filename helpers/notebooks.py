@@ -100,7 +100,9 @@ def main(names: list[str]) -> int:
     only_links = "--relink" in names
     names = [name for name in names if name != "--relink"]
     every = sorted((ROOT / "notebooks").glob("*.ipynb"))
-    chosen = [path for path in every if not names or any(name in path.stem for name in names)]
+    chosen = [
+        path for path in every if not names or any(Path(name).stem in path.stem for name in names)
+    ]
     for path in chosen:
         start = time.perf_counter()
         if only_links:
@@ -108,6 +110,8 @@ def main(names: list[str]) -> int:
             continue
         execute(path)
         print(f"{path.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if not chosen:
+        print(f"There is no notebook named {' or '.join(names)} in {ROOT / 'notebooks'}.")
     return 0 if chosen else 2
 
 

@@ -295,7 +295,7 @@ def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
     """
     matrix = matrix.detach().float()
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    energy = (values**2).cumsum(0) / (values**2).sum()
+    kept = (values**2).cumsum(0) / (values**2).sum()
     most = min(128, len(values))
 
     def draw(rank: int) -> Figure:
@@ -303,7 +303,7 @@ def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
         numbers = rank * sum(matrix.shape)
         return plotting.matrices(
             {"the " + name: matrix[:96, :96].numpy(), f"rank {rank}": rebuilt[:96, :96].numpy()},
-            f"Rank {rank} holds {energy[rank - 1]:.0%} of the {name}'s energy, with {numbers:,} of "
+            f"Rank {rank} keeps {kept[rank - 1]:.0%} of the {name}, with {numbers:,} of "
             f"{matrix.numel():,} numbers",
         )
 

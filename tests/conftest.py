@@ -69,7 +69,7 @@ def laptop() -> Profile:
     except CourseError as error:
         pytest.skip(f"the weights are not here: {error}")
     return dataclasses.replace(
-        PROFILES["laptop"], device="cpu", precision="fp32", attn_implementation="eager"
+        PROFILES["laptop"], device="cpu", precision="fp32", attn_implementation="sdpa"
     )
 
 

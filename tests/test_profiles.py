@@ -16,6 +16,7 @@ from helpers.profiles import (
     ENVIRONMENT_VARIABLE,
     GIB,
     PROFILES,
+    pick_attention,
     pick_precision,
     pick_profile,
 )
@@ -93,6 +94,16 @@ def test_the_gpu_memory_decides(monkeypatch: pytest.MonkeyPatch, memory: int, na
     pretend_gpu(monkeypatch, memory, bf16=True)
     profile = pick_profile()
     assert (profile.name, profile.device, profile.attn_implementation) == (name, "cuda", "sdpa")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "attention"),
+    [("cpu", "fp32", "sdpa"), ("cpu", "bf16", "eager"), ("cuda", "fp16", "sdpa")],
+)
+def test_attention_follows_device_and_number_format(
+    device: str, precision: str, attention: str
+) -> None:
+    assert pick_attention(device, precision)[0] == attention
 
 
 def test_a_gpu_that_only_emulates_bf16_gets_fp16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,7 +91,7 @@ def test_the_rank_explorer_counts_and_rebuilds(weight: torch.Tensor) -> None:
     explorer = widgets.rank_explorer(weight, "update")
     assert explorer.controls["rank"].max == 64
     move(explorer, "rank", 64)
-    assert "holds 100%" in title(explorer) and f"{64 * 160:,} of {96 * 64:,}" in title(explorer)
+    assert "keeps 100%" in title(explorer) and f"{64 * 160:,} of {96 * 64:,}" in title(explorer)
     move(explorer, "rank", 1)
     assert f"with {160:,} of" in title(explorer)
 
