@@ -13,15 +13,16 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.data import IGNORED, CompletionCollator, split_text
-from helpers.models import quiet, ready
+from helpers.encoding import IGNORED, CompletionCollator, split_text
+from helpers.logs import quiet
+from helpers.workarounds import apply_workarounds
 
 
 @contextlib.contextmanager
-def inference_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Run a block in eval mode with no gradients, then put the model back as it was."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Run a block in eval mode and without gradients, then restore the model's mode."""
     training = model.training
-    ready(model).eval()
+    apply_workarounds(model).eval()
     try:
         with torch.inference_mode():
             yield
@@ -55,7 +56,7 @@ def generate_answers(
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     answers = [""] * len(ids)
     starts = range(0, len(ids), batch_size)
-    with inference_mode(model):
+    with evaluating(model):
         for start in tqdm(starts, desc="answers", disable=not progress, leave=False):
             batch = longest_first[start : start + batch_size]
             padded = tokenizer.pad(
@@ -79,59 +80,75 @@ def generate_answers(
 
 
 def parse(answer: str) -> dict[str, Any] | None:
-    """The JSON object that an answer is, or None. Text before or after it counts as a fault."""
+    """The JSON object that an answer is, or None. Text before or after the object is an error."""
     try:
-        value = json.loads(answer)
+        value = json.loads(answer, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # also numbers too long and lists too deep for Python
         return None
     return value if isinstance(value, dict) else None
 
 
-def same_answer(answer: str, wanted: str) -> bool:
+def _refuse_constant(name: str) -> None:
+    """Python's reader accepts NaN and Infinity; JSON does not."""
+    raise ValueError(f"{name} is not JSON")
+
+
+def same_answer(answer: str, reference: str) -> bool:
     """True if two answers say the same: equal JSON objects, otherwise equal text."""
-    if (wanted_object := parse(wanted)) is not None:
-        return parse(answer) == wanted_object
-    return answer.strip() == wanted.strip()
+    if (expected := parse(reference)) is not None:
+        return _same_value(parse(answer), expected)
+    return answer.strip() == reference.strip()
 
 
-def score(answers: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
-    """Compare answers with the wanted ones.
+def _same_value(first: Any, second: Any) -> bool:
+    """Equality as JSON means it: unlike in Python, true is not 1."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(
+            _same_value(value, second[key]) for key, value in first.items()
+        )
+    if isinstance(first, list) and isinstance(second, list):
+        return len(first) == len(second) and all(map(_same_value, first, second))
+    return first == second
+
+
+def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+    """Compare answers with the reference answers.
 
     Returns:
-        exact_match: share that says exactly what was wanted, 0 to 1
-        valid_json: share that is a JSON object, or None if none was wanted
-        fields: {field: share right}, over all rows in which the field is wanted
+        exact_match: fraction of answers that say exactly what the reference says, 0 to 1
+        valid_json: of the rows whose reference is a JSON object, the fraction whose answer is
+            one too; None if there is no such row
+        fields: {field: fraction right}, over the rows whose reference has the field
+
+    Raises:
+        ValueError: there are no references, or not one per answer.
     """
-    if len(answers) != len(wanted) or not wanted:
-        raise ValueError(f"{len(answers)} answers for {len(wanted)} wanted ones.")
-    pairs = [(parse(answer), parse(want)) for answer, want in zip(answers, wanted, strict=True)]
-    structured = [(got or {}, want) for got, want in pairs if want is not None]
+    if len(answers) != len(references) or not references:
+        raise ValueError(f"{len(answers)} answers for {len(references)} reference answers.")
+    parsed = [(parse(got), parse(ref)) for got, ref in zip(answers, references, strict=True)]
+    structured = [(got, ref) for got, ref in parsed if ref is not None]
     fields = {}
-    for field in dict.fromkeys(key for _, want in structured for key in want):
-        hits = [got.get(field, ...) == want[field] for got, want in structured if field in want]
+    for field in dict.fromkeys(key for _, ref in structured for key in ref):
+        hits = [
+            got is not None and field in got and _same_value(got[field], ref[field])
+            for got, ref in structured
+            if field in ref
+        ]
         fields[field] = sum(hits) / len(hits)
-    exact = [same_answer(answer, want) for answer, want in zip(answers, wanted, strict=True)]
+    exact = [same_answer(got, ref) for got, ref in zip(answers, references, strict=True)]
+    valid = [got is not None for got, _ in structured]
     return {
         "exact_match": sum(exact) / len(exact),
-        "valid_json": sum(got is not None for got, _ in pairs) / len(pairs) if structured else None,
+        "valid_json": sum(valid) / len(valid) if valid else None,
         "fields": fields,
     }
 
 
-def answers_wanted(rows: Dataset) -> list[str]:
-    """The right answer of every row, as text."""
+def references(rows: Dataset) -> list[str]:
+    """The reference answer of every row, as text."""
     return [completion[0]["content"] for completion in rows["completion"]]
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval in which the true share lies with 95 % confidence, for `count` trials.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
-    Journal of the American Statistical Association 22 (1927).
-    """
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 # -- losses ------------------------------------------------------------------------------------
@@ -205,7 +222,7 @@ def token_losses(
     collate = CompletionCollator(tokenizer.pad_token_id)
     order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
     result: list[torch.Tensor] = [torch.empty(0)] * len(features)
-    with inference_mode(model):
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = collate([features[index] for index in indices])
@@ -244,28 +261,3 @@ def perplexity(
     if not features:
         raise ValueError("There is no text with at least two tokens.")
     return math.exp(torch.cat(token_losses(model, tokenizer, features, batch_size)).mean().item())
-
-
-# -- is one better? ----------------------------------------------------------------------------
-
-
-def mcnemar(only_first: int, only_second: int) -> float:
-    """The p-value of McNemar's exact test, two-sided, for two models on the same examples.
-
-    Args:
-        only_first: how many examples the first model alone gets right.
-        only_second: how many the second model alone gets right. Where both are right, or both
-            wrong, the example says nothing about which is better.
-
-    Returns:
-        How often fair coins, one for each example on which the two differ, would come out at
-        least this uneven. Small: the models differ. Large: this test set cannot tell.
-
-    Source: McNemar, "Note on the sampling error of the difference between correlated proportions
-    or percentages", Psychometrika 12 (1947).
-    """
-    if min(only_first, only_second) < 0:
-        raise ValueError(f"Counts cannot be negative: {only_first}, {only_second}.")
-    coins = only_first + only_second
-    tail = sum(math.comb(coins, k) for k in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**coins)

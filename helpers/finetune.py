@@ -34,7 +34,18 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import set_seed
 
-from helpers import CourseError, data, evaluation, models, profiles, tracking, training
+from helpers import (
+    CourseError,
+    data,
+    encoding,
+    evaluation,
+    models,
+    profiles,
+    statistics,
+    tracking,
+    training,
+)
+from helpers import rows as row_files
 from helpers.diagnosis import diagnose
 from helpers.memory import peak_memory_bytes
 
@@ -93,7 +104,7 @@ def finetune(
     rows = _load_rows(train, validation, test)
     tokenizer = models.load_tokenizer(chosen)
     features = {
-        name: data.encode(split, tokenizer, chosen.max_length) for name, split in rows.items()
+        name: encoding.encode(split, tokenizer, chosen.max_length) for name, split in rows.items()
     }
     set_seed(seed)
     model = models.load_model(chosen, _precision(method, chosen))
@@ -109,7 +120,8 @@ def finetune(
     set_seed(seed)
     if method != "full":
         model = training.add_adapter(model, chosen)
-    trainable, total = training.trainable_parameters(model)
+    total = model.num_parameters()
+    trainable = model.num_parameters(only_trainable=True)
     print(f"{method}: training {trainable:,} of {total:,} weights ({trainable / total:.2%})")
     watched = features["validation"].shuffle(seed=0)
     count, eval_batch_size = _evaluation_batches(
@@ -123,7 +135,7 @@ def finetune(
         training.training_arguments(
             chosen,
             output,
-            training.steps_for(
+            training.optimizer_steps(
                 len(features["train"]), chosen.batch_size * processes.num_processes, chosen.epochs
             ),
             seed=seed,
@@ -180,7 +192,7 @@ def finetune(
         _write(output / "metrics.json", metrics)
     print(f"diagnosis: {diagnosis.verdict}. {diagnosis.explanation}")
     if scores:
-        low, high = evaluation.wilson_interval(metrics["test_exact_match"], len(rows["test"]))
+        low, high = statistics.wilson_interval(metrics["test_exact_match"], len(rows["test"]))
         print(
             f"exact match on the test split: {metrics['base_exact_match']:.1%} before, "
             f"{metrics['test_exact_match']:.1%} after (95 % interval {low:.0%} to {high:.0%})"
@@ -221,14 +233,14 @@ def _load_rows(
             "--train needs --validation: rows that are not trained on show whether it overfits."
         )
     files = {"train": train, "validation": validation, "test": test}
-    rows = {name: data.load_examples(path) for name, path in files.items() if path}
-    data.check_splits(**rows)
+    rows = {name: row_files.load_examples(path) for name, path in files.items() if path}
+    row_files.check_splits(**rows)
     return rows
 
 
 def _precision(method: str, profile: profiles.Profile) -> str:
-    if method not in training.METHODS:
-        raise CourseError(f"There is no method {method!r}. Choose one of {training.METHODS}.")
+    if method not in profiles.METHODS:
+        raise CourseError(f"There is no method {method!r}. Choose one of {profiles.METHODS}.")
     if method == "qlora":
         return "nf4"
     # In bf16 most steps of full fine-tuning are too small to change a weight: they round to zero.
@@ -238,14 +250,16 @@ def _precision(method: str, profile: profiles.Profile) -> str:
 def _score(
     model: Any, tokenizer: Any, rows: Dataset, features: Dataset, processes: PartialState
 ) -> tuple[dict[str, Any], list[str]]:
-    longest = max(sum(label != data.IGNORED for label in labels) for labels in features["labels"])
+    longest = max(
+        sum(label != encoding.IGNORED for label in labels) for labels in features["labels"]
+    )
     mine = range(processes.process_index, len(rows), processes.num_processes)
     answered = evaluation.generate_answers(
         model, tokenizer, rows.select(mine)["prompt"], max_new_tokens=longest + 8
     )
     pairs = _gather(list(zip(mine, answered, strict=True)), processes)
     answers = [answer for _, answer in sorted(pairs)]
-    return evaluation.score(answers, evaluation.answers_wanted(rows)), answers
+    return evaluation.score(answers, evaluation.references(rows)), answers
 
 
 def _evaluation_batches(rows: int, batch_size: int, processes: int) -> tuple[int, int]:
@@ -285,7 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--test", metavar="FILE", help="rows to score, before and after")
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the results")
     parser.add_argument("--profile", choices=list(profiles.PROFILES), help="default: by machine")
-    parser.add_argument("--method", choices=training.METHODS, help="default: by profile")
+    parser.add_argument("--method", choices=profiles.METHODS, help="default: by profile")
     parser.add_argument("--epochs", type=_positive, metavar="N")
     parser.add_argument("--learning-rate", type=_positive, metavar="X")
     parser.add_argument(

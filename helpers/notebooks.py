@@ -1,8 +1,8 @@
 """Run notebooks top to bottom and store their outputs: python -m helpers notebooks [NAME ...].
 
-Each notebook gets a badge that opens it on Colab, and a first cell that installs the course there.
-Both follow the repository's address in pyproject.toml: a fork changes that line and runs
-`python -m helpers notebooks --relink`, which runs nothing.
+Under its title each notebook gets a link that opens it on Colab, and then a cell that installs the
+course there. Both follow the repository's address in pyproject.toml: a fork changes that line and
+runs `python -m helpers notebooks --relink`, which runs nothing.
 """
 
 from __future__ import annotations
@@ -20,13 +20,24 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 1800  # seconds; generous, for slow machines
 WIDGET = "application/vnd.jupyter.widget-view+json"
-BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+# The link opens the notebook of this branch or tag, and the cell installs the course of the same
+# one: the two always fit each other. A release sets it to its tag.
+REF = "main"
+LINK = (
+    "[Open in Colab](https://colab.research.google.com/github/{path}/blob/{ref}/notebooks/{name})"
+)
+OLD_LINK = re.compile(r"\n*\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\([^)]*\)")
+# Colab keeps its own torch, numpy and Jupyter. Its gradio and diffusers need huggingface_hub < 2.
 SET_UP = """\
+# @title On Colab this installs the course; elsewhere it does nothing
 import sys
 
-if "google.colab" in sys.modules:  # on Colab this installs the course; elsewhere it does nothing
-    %pip install --quiet git+{address}
+if "google.colab" in sys.modules:
+    course = "git+{address}@{ref}"
+    %pip install --quiet {{course}} "huggingface_hub<2"
 """
+SET_UP_METADATA = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["set-up"]}
+DEBRIS = re.compile(r"it/s\]|s/it\]|\d%\|")  # of a progress bar
 
 
 def address() -> str:
@@ -36,21 +47,21 @@ def address() -> str:
 
 
 def set_up(notebook: nbformat.NotebookNode, name: str) -> None:
-    """Put the Colab badge and the set-up cell into a notebook, or bring them up to date."""
-    repository = address().removeprefix("https://").removesuffix(".git").split("/", 1)[1]
-    link = f"https://colab.research.google.com/github/{repository}/blob/main/notebooks/{name}.ipynb"
-    title = notebook.cells[0]
-    text = re.sub(r"\n*\[!\[Open in Colab\].*", "", title.source)
-    title.source = f"{text}\n\n{BADGE}({link})"
+    """Put the link to Colab and the set-up cell into a notebook, or bring them up to date."""
+    path = address().removeprefix("https://").removesuffix(".git").split("/", 1)[1]
+    link = LINK.format(path=path, ref=REF, name=f"{name}.ipynb")
+    title, _, text = OLD_LINK.sub("", notebook.cells[0].source).partition("\n")
+    notebook.cells[0].source = f"{title}\n\n{link}\n\n{text.strip()}".rstrip()
     cell = notebook.cells[1]
     if "google.colab" not in cell.source:
         cell = nbformat.v4.new_code_cell(id="set-up", execution_count=0)
         notebook.cells.insert(1, cell)
-    cell.source = SET_UP.format(address=address()).rstrip()
+    cell.source = SET_UP.format(address=address(), ref=REF).rstrip()
+    cell.metadata = nbformat.from_dict(SET_UP_METADATA)
 
 
 def relink(path: Path) -> None:
-    """Bring a notebook's badge and set-up cell up to date without running it."""
+    """Bring a notebook's link and set-up cell up to date without running it."""
     notebook = nbformat.read(path, as_version=4)
     set_up(notebook, path.stem)
     nbformat.write(notebook, path)
@@ -90,6 +101,8 @@ def _require_clean(cell: nbformat.NotebookNode, name: str) -> None:
         text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
         if output.get("name") == "stderr":
             raise ValueError(f"{name}: a cell writes to stderr: {text[:300]}")
+        if DEBRIS.search(text):
+            raise ValueError(f"{name}: an output holds a progress bar: {text[:300]}")
         if str(Path.home()) in text or str(ROOT) in text:
             raise ValueError(f"{name}: an output names a path: {text[:300]}")
 

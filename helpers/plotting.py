@@ -1,19 +1,26 @@
 """Every figure of the course, in one style.
 
-The title of a figure says what was found. Colours are Okabe and Ito's, which people with any kind
-of colour vision can tell apart; lines differ in dashes or markers too, so grey prints read well.
+The title of a figure says what was found. Colors are Okabe and Ito's, which people with any kind
+of color vision can tell apart; lines differ in dashes or markers too, so grey prints read well.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
+from cycler import cycler
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-from helpers import memory
+if TYPE_CHECKING:
+    from helpers.memory import Plan
 
 # Source: Okabe and Ito, "Color Universal Design" (2008).
 BLUE, ORANGE, GREEN, RED, SKY, PURPLE = (
@@ -25,34 +32,63 @@ BLUE, ORANGE, GREEN, RED, SKY, PURPLE = (
     "#CC79A7",
 )
 GREY = "#6B6B6B"
-STYLE = {
-    "figure.figsize": (7.0, 3.4),
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.prop_cycle": plt.cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY]),
-    "grid.color": "#E3E3E3",
-    "grid.linewidth": 0.8,
-    "font.size": 10,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-}
-plt.rcParams.update(STYLE)
+INK = "#333333"
+SIZE = (7.0, 3.4)  # inches
+_CYCLE = (
+    cycler(color=[BLUE, ORANGE, GREEN, RED, PURPLE, SKY])
+    + cycler(linewidth=[1.8] * 6)
+    + cycler(markersize=[4.5] * 6)
+)
 
 
-def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure, axes = plt.subplots()
-    axes.set_title(title)
+class Chart(Figure):
+    """A figure that a notebook shows as a PNG where it is the last expression of a cell.
+
+    It never enters pyplot: nothing has to be closed, and no setting of the learner's own plots
+    changes.
+    """
+
+    def _repr_png_(self) -> bytes:
+        return png(self)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _chart(size: tuple[float, float] = SIZE) -> Chart:
+    return Chart(figsize=size, dpi=110, layout="constrained")
+
+
+def _styled(axes: Axes) -> Axes:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(True, color="#E3E3E3", linewidth=0.8)
+    axes.set_prop_cycle(_CYCLE)
+    return axes
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11, fontweight="bold")
+
+
+def _axes(
+    title: str, xlabel: str, ylabel: str, size: tuple[float, float] = SIZE
+) -> tuple[Chart, Axes]:
+    figure = _chart(size)
+    axes = _styled(figure.add_subplot())
+    _title(axes, title)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return figure, axes
+
+
+def _legend(axes: Axes, outside: bool = False, **options: Any) -> None:
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if outside else {}
+    axes.legend(frameon=False, **place | options)
 
 
 def loss_curves(
@@ -74,8 +110,7 @@ def loss_curves(
         axes.axvline(best_step, color=ORANGE, linestyle=":", label=f"lowest (step {best_step})")
     axes.set_ylim(bottom=0)
     if train or evals:
-        axes.legend()
-    plt.close(figure)
+        _legend(axes)
     return figure
 
 
@@ -90,23 +125,23 @@ def _draw_losses(
         axes.plot(steps, losses, color=BLUE, marker="o", label="validation")
 
 
-def shares(
+def fractions(
     groups: Mapping[str, Mapping[str, float]],
     title: str,
-    ylabel: str = "share right (%)",
+    ylabel: str = "right (%)",
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Draw bars of shares, side by side for every group.
+    """Draw bars of percentages, side by side for every group.
 
     Args:
-        groups: {"base": {"category": 0.1, ...}, "tuned": {...}}, shares from 0 to 1.
+        groups: {"base": {"category": 0.1, ...}, "tuned": {...}}, fractions from 0 to 1.
         title: the finding.
         intervals: the same shape with (low, high), drawn as error bars.
     """
     figure, axes = _axes(title, "", ylabel)
     names = list(next(iter(groups.values())))
     width = 0.8 / len(groups)
-    colours, hatches = cycle([GREY, BLUE, ORANGE, GREEN]), cycle(["", "", "//", ".."])
+    colors, hatches = cycle([GREY, BLUE, ORANGE, GREEN]), cycle(["", "", "//", ".."])
     for number, (group, values) in enumerate(groups.items()):
         positions = [
             index + (number - (len(groups) - 1) / 2) * width for index in range(len(names))
@@ -130,7 +165,7 @@ def shares(
             heights,
             width * 0.92,
             label=group,
-            color=next(colours),
+            color=next(colors),
             hatch=next(hatches),
             edgecolor="white",
             yerr=errors,
@@ -142,8 +177,7 @@ def shares(
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.grid(False, axis="x")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    plt.close(figure)
+    _legend(axes, outside=True)
     return figure
 
 
@@ -158,8 +192,7 @@ def lines(
     for (name, (x, y)), style in zip(curves.items(), cycle(["-", "--", "-.", ":"]), strict=False):
         axes.plot(x, y, linestyle=style, label=name)
     if len(curves) > 1:
-        axes.legend()
-    plt.close(figure)
+        _legend(axes)
     return figure
 
 
@@ -172,7 +205,6 @@ def bars(values: Mapping[str, float], title: str, xlabel: str, fmt: str = "%.0f"
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.grid(False, axis="y")
-    plt.close(figure)
     return figure
 
 
@@ -222,14 +254,14 @@ def token_map(
     placed, lines_needed = _set_tokens(list(zip(texts, captions, strict=True)), columns)
     every = [value for _, values in groups.values() for value in values]
     top = highest if highest is not None else max(every, default=1.0)
-    colours = plt.get_cmap("Blues")
-    figure, axes = plt.subplots(figsize=(8.4, 0.75 + 0.52 * lines_needed))
+    colors = colormaps["Blues"]
+    figure, axes = _axes(title, "", "", (8.4, 0.75 + 0.52 * lines_needed))
     style = {"ha": "center", "va": "center"}
     for group, (_, values), under in zip(placed, groups.values(), captions, strict=True):
         for (x, row, width, shown), value, caption in zip(group, values, under, strict=True):
             strength = min(1.0, max(0.0, value / top)) if top else 0.0
-            box = {"color": colours(strength), "ec": GREY, "lw": 0.5}
-            axes.add_patch(plt.Rectangle((x, row + 0.06), width, 0.52, **box))
+            box = {"color": colors(strength), "ec": GREY, "lw": 0.5}
+            axes.add_patch(Rectangle((x, row + 0.06), width, 0.52, **box))
             ink, middle = "white" if strength > 0.55 else "black", x + width / 2
             axes.text(middle, row + 0.33, shown, color=ink, family="monospace", fontsize=9, **style)
             axes.text(middle, row + 0.75, caption, color="#333333", fontsize=7, **style)
@@ -239,10 +271,8 @@ def token_map(
     axes.set_xlim(0, columns)
     axes.set_ylim(lines_needed, 0)
     axes.axis("off")
-    axes.set_title(title)
-    scale = plt.cm.ScalarMappable(plt.Normalize(0, top), colours)
+    scale = ScalarMappable(Normalize(0, top), colors)
     figure.colorbar(scale, ax=axes, orientation="horizontal", aspect=60, pad=0.02, label=label)
-    plt.close(figure)
     return figure
 
 
@@ -256,22 +286,21 @@ def levels(
         tables: {"NF4": its levels, ...}; one row of ticks each.
         title: the finding.
     """
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(7.0, 3.8), height_ratios=[2.2, 1]
-    )
-    shares_of_all = [1 / len(values)] * len(values)
-    top.hist(values, bins=81, weights=shares_of_all, color="#C9C9C9", edgecolor=GREY, linewidth=0.3)
-    top.set_ylabel("share of weights")
-    top.set_title(title)
-    for row, ((_, ticks), colour) in enumerate(
+    figure = _chart((7.0, 3.8))
+    panels = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
+    top, bottom = (_styled(axes) for axes in panels)
+    fraction_each = [1 / len(values)] * len(values)
+    top.hist(values, bins=81, weights=fraction_each, color="#C9C9C9", edgecolor=GREY, linewidth=0.3)
+    top.set_ylabel("fraction of weights")
+    _title(top, title)
+    for row, ((_, ticks), color) in enumerate(
         zip(tables.items(), cycle([GREY, ORANGE, BLUE]), strict=False)
     ):
-        bottom.vlines(ticks, row - 0.36, row + 0.36, color=colour, linewidth=2)
+        bottom.vlines(ticks, row - 0.36, row + 0.36, color=color, linewidth=2)
     bottom.set_yticks(range(len(tables)), list(tables))
     bottom.set_ylim(len(tables) - 0.5, -0.5)
     bottom.grid(False)
     bottom.set_xlabel(xlabel)
-    plt.close(figure)
     return figure
 
 
@@ -292,8 +321,7 @@ def trade_off(
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.legend()
-    plt.close(figure)
+    _legend(axes)
     return figure
 
 
@@ -310,7 +338,7 @@ def token_ids(
     placed, lines_needed = _set_tokens(
         [(texts, [str(number) for number in ids]) for texts, ids, _ in groups.values()], columns
     )
-    figure, axes = plt.subplots(figsize=(8.4, 0.5 + 0.5 * lines_needed))
+    figure, axes = _axes(title + " (filled)", "", "", (8.4, 0.5 + 0.5 * lines_needed))
     style = {"ha": "center", "va": "center"}
     for (name, (_, ids, trained)), group in zip(groups.items(), placed, strict=True):
         face = {"fc": BLUE, "ec": BLUE} if trained else {"fc": "white", "ec": GREY}
@@ -318,36 +346,32 @@ def token_ids(
         if group:
             axes.text(-1, group[0][1] + 0.33, name, ha="right", va="center")
         for (x, row, width, shown), number in zip(group, ids, strict=True):
-            axes.add_patch(plt.Rectangle((x, row + 0.06), width, 0.52, lw=0.6, **face))
+            axes.add_patch(Rectangle((x, row + 0.06), width, 0.52, lw=0.6, **face))
             middle = x + width / 2
             axes.text(middle, row + 0.32, shown, color=ink, family="monospace", fontsize=9, **style)
             axes.text(middle, row + 0.75, str(number), color="#333333", fontsize=7, **style)
     axes.set_xlim(0, columns)
     axes.set_ylim(lines_needed, 0)
     axes.axis("off")
-    axes.set_title(title + " (filled)")
-    plt.close(figure)
     return figure
 
 
 def levels_on_histogram(values: Sequence[float], levels: Sequence[float], title: str) -> Figure:
     """Draw how often scaled weights occur, and the levels that they are rounded to."""
-    figure, axes = _axes(
-        title, "weight divided by the largest of its block", "share of weights (%)"
-    )
+    figure, axes = _axes(title, "weight divided by the largest of its block", "weights (%)")
     axes.hist(values, bins=81, weights=[100 / len(values)] * len(values), color=SKY)
     for number, level in enumerate(levels):
         label = f"{len(levels)} levels" if number == 0 else None
         axes.axvline(level, ymax=0.9, color=RED, linewidth=0.9, label=label)
     axes.set_xlim(-1.04, 1.04)
-    axes.legend(loc="upper right")
-    plt.close(figure)
+    _legend(axes, loc="upper right")
     return figure
 
 
 def matrices(named: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
-    """Draw matrices side by side on one scale of colours, symmetric around zero."""
-    figure, every = plt.subplots(1, len(named), figsize=(7.0, 3.6), squeeze=False)
+    """Draw matrices side by side on one scale of colors, symmetric around zero."""
+    figure = _chart((7.0, 3.6))
+    every = figure.subplots(1, len(named), squeeze=False)
     bound = max(abs(float(value)) for matrix in named.values() for row in matrix for value in row)
     for axes, (name, matrix) in zip(every[0], named.items(), strict=True):
         drawn = axes.imshow(matrix, cmap="PuOr", vmin=-bound / 2, vmax=bound / 2)
@@ -357,7 +381,6 @@ def matrices(named: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figu
     every[0][0].set_ylabel("row")
     figure.colorbar(drawn, ax=every[0].tolist(), shrink=0.8, label="value")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
     return figure
 
 
@@ -367,15 +390,15 @@ def points(
     """Draw one labelled point per name: {"name": (x, y)}. Both axes begin at zero."""
     figure, axes = _axes(title, xlabel, ylabel)
     right, top = (1.08 * max(place[axis] for place in places.values()) for axis in (0, 1))
-    shapes, colours = cycle("osD^vPX*"), cycle([BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY])
-    # Boxes in shares of the axes: (left, right, bottom, top). First the markers, then the labels.
+    shapes, colors = cycle("osD^vPX*"), cycle([BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY])
+    # Boxes in fractions of the axes: (left, right, bottom, top). Markers first, then labels.
     spots = {
         name: ((x / right + 0.04) / 1.04, (y / top + 0.08) / 1.08)
         for name, (x, y) in places.items()
     }
     taken = [(a - 0.012, a + 0.012, b - 0.03, b + 0.03) for a, b in spots.values()]
     for name, (a, b) in spots.items():
-        axes.plot(*places[name], next(shapes), color=next(colours), markersize=8)
+        axes.plot(*places[name], next(shapes), color=next(colors), markersize=8)
         wide, high = 0.0135 * len(name), 0.035
         for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1)):  # right of the marker, left, above, below
             x, y = a + dx * (0.018 + wide / 2), b + dy * 0.075
@@ -391,7 +414,6 @@ def points(
         axes.annotate(name, (side[1], y), xycoords="axes fraction", ha=side[0], va="center")
     axes.set_xlim(-0.04 * right, right)
     axes.set_ylim(-0.08 * top, top)
-    plt.close(figure)
     return figure
 
 
@@ -408,13 +430,13 @@ def memory_bars(
     gib = 2**30
     figure, axes = _axes(title, "memory (GiB)", "")
     names, parts = list(plans), list(next(iter(plans.values())))
-    colours, hatches = [GREY, SKY, ORANGE, PURPLE, BLUE, GREEN], ["", "//", "..", "xx", "", "\\\\"]
+    colors, hatches = [GREY, SKY, ORANGE, PURPLE, BLUE, GREEN], ["", "//", "..", "xx", "", "\\\\"]
     ends = [0.0] * len(names)
-    for part, colour, hatch in zip(parts, cycle(colours), cycle(hatches), strict=False):
+    for part, color, hatch in zip(parts, cycle(colors), cycle(hatches), strict=False):
         sizes = [plans[name][part] / gib for name in names]
         if any(sizes):
             axes.barh(
-                names, sizes, 0.6, ends, label=part, color=colour, hatch=hatch, edgecolor="white"
+                names, sizes, 0.6, ends, label=part, color=color, hatch=hatch, edgecolor="white"
             )
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     box = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the devices' lines
@@ -427,8 +449,7 @@ def memory_bars(
     axes.set_ylim(len(names) - 0.5, -1)
     axes.set_xlim(0, reach)
     axes.grid(False, axis="y")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    plt.close(figure)
+    _legend(axes, outside=True)
     return figure
 
 
@@ -441,18 +462,16 @@ def loss_panels(
         runs: for each name the pairs of (step, loss in nats per answer token), as `loss_curves`.
         title: the finding, or what to look for.
     """
-    figure, panels = plt.subplots(
-        1, len(runs), sharey=True, squeeze=False, figsize=(2.4 * len(runs) + 0.6, 2.9)
-    )
+    figure = _chart((2.4 * len(runs) + 0.6, 2.9))
+    panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)
     for axes, (name, (train, evals)) in zip(panels[0], runs.items(), strict=True):
-        axes.set_title(name)
+        _title(_styled(axes), name)
         axes.set_xlabel("optimizer step")
         _draw_losses(axes, train, evals)
     panels[0][0].set_ylim(bottom=0)
     panels[0][0].set_ylabel("loss (nats per\nanswer token)")
-    panels[0][-1].legend()
+    _legend(panels[0][-1])
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    plt.close(figure)
     return figure
 
 
@@ -472,32 +491,36 @@ def ranges(
     figure, axes = _axes(title, xlabel, "")
     names = list(next(iter(groups.values())))
     looks = cycle([(ORANGE, "o"), (BLUE, "D"), (GREEN, "^")])
-    for number, ((group, values), (colour, marker)) in enumerate(
+    for number, ((group, values), (color, marker)) in enumerate(
         zip(groups.items(), looks, strict=False)
     ):
         shift = 0.26 * (number - (len(groups) - 1) / 2)
         for line, name in enumerate(names):
             y, seen = line + shift, values[name]
-            axes.plot([min(seen), max(seen)], [y, y], color=colour, linewidth=3, alpha=0.45)
+            axes.plot([min(seen), max(seen)], [y, y], color=color, linewidth=3, alpha=0.45)
             label = group if line == 0 else None
-            axes.plot(seen, [y] * len(seen), marker, color=colour, linestyle="", label=label)
+            axes.plot(seen, [y] * len(seen), marker, color=color, linestyle="", label=label)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.grid(False, axis="y")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes, outside=True)
     figure.set_size_inches(7.6, 0.9 + 0.42 * len(names))
-    plt.close(figure)
     return figure
 
 
-def memory_plan(plan: memory.Plan) -> Figure:
-    """Draw one plan against the memory of known machines, up to the first fit."""
-    devices, fits = {}, False
-    for name, size in sorted(memory.DEVICES.items(), key=lambda device: device[1]):
-        devices[name] = size
+def memory_plan(plan: Plan, devices: Mapping[str, int]) -> Figure:
+    """Draw one plan against the memory of devices, up to the smallest that it fits on.
+
+    Args:
+        plan: from `helpers.memory.plan` or `simulate`.
+        devices: {"T4": bytes, ...}.
+    """
+    shown, fits = {}, False
+    for name, size in sorted(devices.items(), key=lambda device: device[1]):
+        shown[name] = size
         if fits := plan.fits(size):
             break
     where = f"fits on: {name}" if fits else "fits on none of these"
     title = f"{plan.method} takes {plan.total / 2**30:.1f} GiB and {where}"
-    return memory_bars({plan.method: plan.components}, devices, title)
+    return memory_bars({plan.method: plan.components}, shown, title)

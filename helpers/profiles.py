@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-
-import torch
+from typing import TYPE_CHECKING
 
 from helpers import CourseError
 
+if TYPE_CHECKING:
+    import torch  # imported where it is used, so that `--help` need not wait for it
+
 ENVIRONMENT_VARIABLE = "COURSE_PROFILE"
 GIB = 2**30
+METHODS = ("lora", "qlora", "full")  # ways to fine-tune
+FLOAT_FORMATS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours: torch's name
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The torch dtype of "fp32", "bf16" or "fp16"."""
+    import torch
+
+    return getattr(torch, FLOAT_FORMATS[precision])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +50,7 @@ class Profile:
     @property
     def dtype(self) -> torch.dtype:
         """The torch dtype of `precision`."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            self.precision
-        ]
+        return torch_dtype(self.precision)
 
 
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,6 +107,8 @@ PROFILES = {
 
 def cpu_has_bf16() -> bool:
     """True where the processor multiplies bf16 itself (AVX512-BF16, AMX)."""
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -108,6 +119,8 @@ def pick_precision(device: str) -> tuple[str, str]:
         if cpu_has_bf16():
             return "bf16", "this processor computes bf16 itself"
         return "fp32", "this processor has no bf16 instructions, so bf16 would be slower"
+    import torch
+
     # Without including_emulation=False a T4 says yes, and then runs bf16 many times slower.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", f"{torch.cuda.get_device_name()} computes bf16 itself"
@@ -125,6 +138,8 @@ def pick_profile(name: str | None = None, verbose: bool = True) -> Profile:
     Raises:
         CourseError: for an unknown name, or a profile that this machine cannot run.
     """
+    import torch
+
     gpu_memory = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else 0
     if name:
         reason = "asked for"

@@ -1,23 +1,16 @@
 """Fine-tuning, thin over transformers' Trainer and PEFT.
 
-The notebooks call `LoraConfig`, `TrainingArguments` and `Trainer` themselves; what stands here is
-what the command and several notebooks need in the same way.
+The notebooks call `LoraConfig`, `TrainingArguments` and `Trainer` themselves; here is what the
+command and several notebooks share.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import (
@@ -28,18 +21,14 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils.notebook import NotebookProgressCallback
 
 from helpers import CourseError
-from helpers.data import CompletionCollator, encode, load_triage
-from helpers.models import cache_dir, load_model, load_tokenizer, quiet, ready
+from helpers.encoding import CompletionCollator
+from helpers.logs import quiet
 from helpers.profiles import Profile
-
-METHODS = ("lora", "qlora", "full")
-# Tokens; notebook 05 learns from the rows up to here: with the longer ones it takes over 5 minutes.
-LESSON_LENGTH = 80
+from helpers.workarounds import apply_workarounds
 
 
 def lora_config(profile: Profile, rank: int | None = None, **overrides: Any) -> LoraConfig:
@@ -104,51 +93,7 @@ def training_arguments(
     return TrainingArguments(**settings | overrides)
 
 
-def tuned_adapter(profile: Profile) -> Path:
-    """The folder of the course's fine-tuned adapter: one epoch over the rows of notebook 05.
-
-    Several notebooks look at the same fine-tuned model. It is trained once, with the profile's own
-    settings and seed 42 (some minutes on a CPU, with a line of progress per evaluation), and kept
-    in the cache. `PeftModel.from_pretrained(model, folder)` loads it.
-    """
-    target = tuned_folder(profile)
-    if (target / "adapter_model.safetensors").is_file():
-        print("The fine-tuned adapter comes from the cache of an earlier run.")
-        return target
-    print("Training the adapter (once; it is kept for the other notebooks) ...")
-    tokenizer = load_tokenizer(profile)
-    triage = load_triage()
-    rows = up_to(encode(triage["train"], tokenizer, profile.max_length), LESSON_LENGTH)
-    watched = encode(triage["validation"].select(range(16)), tokenizer, profile.max_length)
-    steps = steps_for(len(rows), profile.batch_size, 1)
-    set_seed(42)
-    model = add_adapter(load_model(profile), profile)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="unfinished-") as folder:
-        arguments = training_arguments(
-            profile, folder, steps, num_train_epochs=1, save_strategy="no"
-        )
-        make_trainer(model, arguments, rows, watched, tokenizer, (OneLineProgress(),)).train()
-        model.save_pretrained(Path(folder) / "adapter")
-        shutil.rmtree(target, ignore_errors=True)  # of a notebook that was stopped while it saved
-        os.replace(Path(folder) / "adapter", target)
-    return target
-
-
-def up_to(features: Dataset, length: int) -> Dataset:
-    """The features of `helpers.data.encode` that are at most `length` tokens long."""
-    return features.select([i for i, n in enumerate(features["length"]) if n <= length])
-
-
-def tuned_folder(profile: Profile) -> Path:
-    """Where `tuned_adapter` keeps its adapter; another profile or other data give another one."""
-    settings = json.dumps(dataclasses.asdict(profile) | {"up to": LESSON_LENGTH}, sort_keys=True)
-    rows = "".join(load_triage()["train"]["message"])
-    digest = hashlib.sha256((settings + rows).encode()).hexdigest()
-    return cache_dir() / "runs" / f"tuned-{digest[:12]}"
-
-
-def steps_for(rows: int, batch_size: int, epochs: float, accumulation: int = 1) -> int:
+def optimizer_steps(rows: int, batch_size: int, epochs: float, accumulation: int = 1) -> int:
     """Optimizer steps of a run, counted as Trainer counts them."""
     per_epoch = max(1, math.ceil(math.ceil(rows / batch_size) / accumulation))
     return math.ceil(per_epoch * epochs)
@@ -204,7 +149,7 @@ def make_trainer(
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
     trainer = Trainer(
-        model=ready(model),
+        model=apply_workarounds(model),
         args=args,
         train_dataset=train,
         eval_dataset=validation,
@@ -212,12 +157,12 @@ def make_trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    silence(trainer)
+    remove_progress_callbacks(trainer)
     return trainer
 
 
-def silence(trainer: Trainer) -> None:
-    """Take away the bar, table or dictionaries that a `Trainer` prints by itself."""
+def remove_progress_callbacks(trainer: Trainer) -> None:
+    """Remove the callbacks by which a `Trainer` prints a bar, a table or dictionaries."""
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
 
@@ -226,7 +171,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
     """The newest complete checkpoint in a folder, or None.
 
     A run that is killed while it saves leaves a checkpoint without `trainer_state.json`, which is
-    written last; such a one is passed over.
+    written last; it is skipped.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -247,14 +192,3 @@ def curves(trainer: Trainer) -> tuple[list[list[float]], list[list[float]]]:
     train = [[entry["step"], entry["loss"]] for entry in history if "loss" in entry]
     evals = [[entry["step"], entry["eval_loss"]] for entry in history if "eval_loss" in entry]
     return train, evals
-
-
-def trainable_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) weights of a model; a 4-bit weight counts as one, not as half a byte."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        quant_state = getattr(parameter, "quant_state", None)
-        count = math.prod(quant_state.shape) if quant_state is not None else parameter.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total

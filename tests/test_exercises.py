@@ -14,7 +14,7 @@ from answers import notebook_02, notebook_03, notebook_07, notebook_08
 from transformers import PreTrainedTokenizerBase
 
 from helpers import CourseError, exercises, memory
-from helpers.data import split_text
+from helpers.encoding import split_text
 from helpers.exercises.notebook_07 import TRIALS
 from helpers.exercises.notebook_09 import NF4_BYTES, WEIGHTS
 

@@ -14,9 +14,9 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from helpers import CourseError, memory, models, training
+from helpers import CourseError, logs, memory, models, tiny, training
+from helpers.memory import Storages
 from helpers.profiles import PROFILES, pick_falcon
-from helpers.simulation import Storages
 
 GIB = memory.GIB
 LOADED_AS = {"int8": "int8", "qlora": "nf4"}
@@ -63,7 +63,7 @@ def measured_peak(
         profile, folder, 2, max_steps=2, eval_strategy="no", save_strategy="no"
     )
     tokenizer = models.load_tokenizer(profile)
-    with models.quiet():  # the 8-bit layers warn of every cast
+    with logs.quiet():  # the 8-bit layers warn of every cast
         trainer = training.make_trainer(model, arguments, Dataset.from_list(rows), None, tokenizer)
         with memory.measure(model) as measured:
             trainer.train()
@@ -294,14 +294,14 @@ def falcon(name: str = "nf4") -> Any:
 
 
 def test_transformers_alone_leaves_falcon_unquantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why mend_falcon() is needed. If this fails, transformers has changed and it may go."""
+    """Why patch_falcon() is needed. If this fails, transformers has changed and it may go."""
     from transformers.models.falcon import modeling_falcon
 
     class FalconLinear(torch.nn.Linear):  # what stands there in transformers
         def forward(self, input: torch.Tensor) -> torch.Tensor:
             return input @ self.weight.T
 
-    monkeypatch.setattr(models, "mend_falcon", lambda: None)
+    monkeypatch.setattr(models, "patch_falcon", lambda: None)
     monkeypatch.setattr(modeling_falcon, "FalconLinear", FalconLinear)
     assert not any(isinstance(module, Linear4bit) for module in falcon().modules())
 
@@ -334,7 +334,7 @@ def test_without_a_big_gpu_the_profile_is_rehearsed(monkeypatch: pytest.MonkeyPa
 def test_the_tiny_falcon_lacks_what_the_big_one_lacks() -> None:
     from transformers import AutoTokenizer
 
-    raw = AutoTokenizer.from_pretrained(models.build_tiny("tiny-falcon"))
+    raw = AutoTokenizer.from_pretrained(tiny.build_tiny("tiny-falcon"))
     assert (raw.pad_token, raw.chat_template, raw.eos_token_id) == (None, None, 11)
     profile = dataclasses.replace(PROFILES["falcon-7b"], model_id="tiny-falcon", device="cpu")
     tokenizer = models.load_tokenizer(profile)

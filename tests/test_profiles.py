@@ -11,7 +11,6 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 
 from helpers import CourseError
-from helpers.data import DataError
 from helpers.profiles import (
     ENVIRONMENT_VARIABLE,
     GIB,
@@ -20,6 +19,7 @@ from helpers.profiles import (
     pick_precision,
     pick_profile,
 )
+from helpers.rows import DataError
 
 
 @pytest.fixture(autouse=True)

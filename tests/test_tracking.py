@@ -14,7 +14,7 @@ from helpers import CourseError, tracking
 # In a process of its own, since wandb reads the environment once and keeps a service running.
 TWO_RUNS = """
 import sys
-from helpers import tracking
+from helpers import tracking, weights
 assert tracking.report_to("offline", sys.argv[1]) == "wandb"
 import wandb
 for rate in (0.1, 0.2):

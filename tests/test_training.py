@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import CourseError, data, models, training
+from helpers import CourseError, data, encoding, models, training
 from helpers.profiles import PROFILES
 
 TINY = PROFILES["tiny"]
@@ -23,11 +23,6 @@ def test_a_new_adapter_changes_nothing_and_learns_alone() -> None:
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_four_bit_weights_are_counted_one_by_one() -> None:
-    plain, packed = models.load_model(TINY, "fp32"), models.load_model(TINY, "nf4")
-    assert training.trainable_parameters(plain)[1] == training.trainable_parameters(packed)[1]
-
-
 @pytest.mark.parametrize(
     ("rows", "batch_size", "epochs", "accumulation"),
     [(10, 4, 1, 1), (12, 4, 2, 1), (10, 4, 1.5, 1), (33, 4, 2, 2), (3, 8, 1, 4)],
@@ -36,7 +31,7 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     rows: int, batch_size: int, epochs: float, accumulation: int, tmp_path: Path
 ) -> None:
     tokenizer = models.load_tokenizer(TINY)
-    features = data.encode(data.load_triage()["train"].select(range(rows)), tokenizer, 512)
+    features = encoding.encode(data.load_triage()["train"].select(range(rows)), tokenizer, 512)
     arguments = training.training_arguments(
         TINY,
         tmp_path,
@@ -50,15 +45,17 @@ def test_steps_are_counted_as_the_trainer_counts_them(
     model = training.add_adapter(models.load_model(TINY), TINY)
     trainer = training.make_trainer(model, arguments, features, None, tokenizer)
     trainer.train()
-    assert trainer.state.global_step == training.steps_for(rows, batch_size, epochs, accumulation)
+    assert trainer.state.global_step == training.optimizer_steps(
+        rows, batch_size, epochs, accumulation
+    )
 
 
 def test_the_loss_falls_and_the_curves_show_it(tmp_path: Path) -> None:
     tokenizer = models.load_tokenizer(TINY)
     triage = data.load_triage()
-    train = data.encode(triage["train"].select(range(64)), tokenizer, 512)
-    validation = data.encode(triage["validation"].select(range(8)), tokenizer, 512)
-    steps = training.steps_for(64, TINY.batch_size, 3)
+    train = encoding.encode(triage["train"].select(range(64)), tokenizer, 512)
+    validation = encoding.encode(triage["validation"].select(range(8)), tokenizer, 512)
+    steps = training.optimizer_steps(64, TINY.batch_size, 3)
     arguments = training.training_arguments(TINY, tmp_path, steps, num_train_epochs=3)
     model = training.add_adapter(models.load_model(TINY), TINY)
     timer = training.StepTimer()
@@ -73,7 +70,7 @@ def test_the_loss_falls_and_the_curves_show_it(tmp_path: Path) -> None:
 
 def test_no_rows_is_a_clear_error(tmp_path: Path) -> None:
     tokenizer = models.load_tokenizer(TINY)
-    features = data.encode(data.load_triage()["train"].select(range(2)), tokenizer, 512)
+    features = encoding.encode(data.load_triage()["train"].select(range(2)), tokenizer, 512)
     arguments = training.training_arguments(TINY, tmp_path, 1)
     with pytest.raises(CourseError, match="no rows"):
         training.make_trainer(

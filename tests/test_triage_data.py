@@ -17,7 +17,7 @@ import pytest
 from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from helpers import data
+from helpers import data, encoding
 from helpers.profiles import Profile
 
 Row = dict[str, Any]
@@ -150,7 +150,7 @@ def test_load_triage_gives_the_splits_with_the_columns_of_its_docstring() -> Non
     assert first["prompt"] == data.triage_prompt(first["message"])
     assert first["completion"] == [{"role": "assistant", "content": data.ticket_json(first)}]
     assert first["source"] == "test.jsonl:1"
-    data.check_splits(**splits)
+    rows.check_splits(**splits)
 
 
 def test_ticket_json_is_compact_stable_and_keeps_letters() -> None:
@@ -336,8 +336,8 @@ def test_the_datasheet_states_the_lengths_in_tokens(
 ) -> None:
     for name, rows in triage.items():
         messages = laptop_tokenizer(list(rows["message"]), add_special_tokens=False)["input_ids"]
-        features = data.encode(rows, laptop_tokenizer, laptop.max_length)
-        answers = [sum(i != data.IGNORED for i in labels) for labels in features["labels"]]
+        features = encoding.encode(rows, laptop_tokenizer, laptop.max_length)
+        answers = [sum(i != encoding.IGNORED for i in labels) for labels in features["labels"]]
         assert_in_readme(
             f"`{name}`",
             spread([len(ids) for ids in messages]),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from helpers import CourseError, models, widgets
+from helpers import CourseError, encoding, models, quantization, widgets
 from helpers.profiles import PROFILES
 
 CURVES = Path(__file__).parent.parent / "data" / "curves.jsonl"
@@ -66,25 +66,25 @@ def test_more_bits_and_smaller_blocks_make_smaller_errors(weight: torch.Tensor) 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("kind", ["evenly spaced", "normal quantiles"])
 def test_levels_span_minus_one_to_one_with_an_exact_zero(bits: int, kind: str) -> None:
-    levels = widgets.quantization_levels(bits, kind)
+    levels = quantization.make_levels(bits, kind)
     assert len(levels) == 2**bits - (kind == "evenly spaced")
     assert levels[0] == -1 and levels[-1] == 1 and 0 in levels
     assert (levels.diff() > 0).all()
 
 
 def test_four_bits_of_normal_quantiles_are_the_librarys_nf4(weight: torch.Tensor) -> None:
-    levels = widgets.quantization_levels(4, "normal quantiles")
+    levels = quantization.make_levels(4, "normal quantiles")
     assert torch.allclose(levels, bnb.get_4bit_type("nf4", device="cpu"), atol=1e-6)
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     theirs = bnb.dequantize_4bit(packed, state)
-    ours = widgets.round_in_blocks(weight.flatten(), levels, 64).view_as(weight)
+    ours = quantization.quantize_dequantize(weight.flatten(), levels, 64).view_as(weight)
     assert torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_a_last_block_that_is_not_full_is_rounded_too() -> None:
-    levels = widgets.quantization_levels(8, "evenly spaced")
+    levels = quantization.make_levels(8, "evenly spaced")
     values = torch.tensor([1.0, -0.5, 0.25, 0.1, 2.0])
-    assert torch.allclose(widgets.round_in_blocks(values, levels, 4), values, atol=0.01)
+    assert torch.allclose(quantization.quantize_dequantize(values, levels, 4), values, atol=0.01)
 
 
 def test_the_rank_explorer_counts_and_rebuilds(weight: torch.Tensor) -> None:
@@ -185,22 +185,31 @@ def test_the_first_interrupt_stops_after_the_step_and_the_second_at_once() -> No
     before = signal.getsignal(signal.SIGINT)
     live = widgets.LiveTraining()
     state, control = states(1)
-    live.on_train_begin(None, state, control)
-    signal.raise_signal(signal.SIGINT)
-    live.on_step_end(None, state, control)
-    assert control.should_training_stop
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), live:
+        live.on_train_begin(None, state, control)
         signal.raise_signal(signal.SIGINT)
-    live.on_train_end(None, state, control)
+        live.on_step_end(None, state, control)
+        assert control.should_training_stop
+        signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_training_that_fails_gives_the_interrupt_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    live = widgets.LiveTraining()
+    with pytest.raises(ZeroDivisionError), live:
+        live.on_train_begin(None, *states(1))
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is before
+    assert live.button.disabled and live.status.value == "ended by ZeroDivisionError"
+
+
 def test_a_stopped_trainer_keeps_the_adapter(triage: Any, tmp_path: Path) -> None:
-    from helpers import data, training
+    from helpers import training
 
     profile = PROFILES["tiny"]
     tokenizer = models.load_tokenizer(profile)
-    rows = data.encode(triage["train"].select(range(32)), tokenizer, profile.max_length)
+    rows = encoding.encode(triage["train"].select(range(32)), tokenizer, profile.max_length)
     model = training.add_adapter(models.load_model(profile), profile)
     live = widgets.LiveTraining()
 
@@ -213,6 +222,7 @@ def test_a_stopped_trainer_keeps_the_adapter(triage: Any, tmp_path: Path) -> Non
         profile, tmp_path, 4, save_strategy="no", eval_strategy="no", learning_rate=1e-2
     )
     trainer = training.make_trainer(model, args, rows, None, tokenizer, (live, Press()))
-    trainer.train()
+    with live:
+        trainer.train()
     assert live.stopped_at == trainer.state.global_step == 2
     assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)

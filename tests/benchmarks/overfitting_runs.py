@@ -38,7 +38,7 @@ import torch
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, set_seed
 
-from helpers import data, evaluation, models, profiles, training
+from helpers import data, encoding, evaluation, models, profiles, training
 
 OUTPUT = Path(__file__).resolve().parents[2] / "data" / "curves.jsonl"
 LONGEST = 64  # tokens; the short rows, for speed
@@ -59,7 +59,7 @@ SEEDS = (0, 1, 2)
 
 def short_rows(split: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
     """The rows of a split that are at most LONGEST tokens long, and their features."""
-    features = data.encode(split, tokenizer, max_length=512)
+    features = encoding.encode(split, tokenizer, max_length=512)
     chosen = [index for index, length in enumerate(features["length"]) if length <= LONGEST]
     return split.select(chosen), features.select(chosen)
 
@@ -80,7 +80,7 @@ class Measure:
         # For every row one mask (answer length,) per field: the tokens that hold its value.
         self.fields: list[list[np.ndarray]] = []
         for row in rows:
-            _, answer = data.split_text(row, tokenizer)
+            _, answer = encoding.split_text(row, tokenizer)
             encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
             offsets = np.array(encoded["offset_mapping"])
             spans = evaluation.value_spans(answer.removesuffix(tokenizer.eos_token))
@@ -92,7 +92,7 @@ class Measure:
         labels = prediction.label_ids[:, 1:]
         exact, fields, row_loss, value_right, value_sure, value_loss = [], [], [], [], [], []
         for index, masks in enumerate(self.fields):
-            answer = labels[index] != data.IGNORED
+            answer = labels[index] != encoding.IGNORED
             right = (tokens[index] == labels[index])[answer]
             values = np.any(masks, axis=0)
             exact.append(right.all())

@@ -33,7 +33,7 @@ def train(way: str, steps: int) -> dict[str, Any]:
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, set_seed
     from transformers.trainer_callback import PrinterCallback
 
-    from helpers import data, evaluation, memory, models, profiles, training
+    from helpers import data, encoding, evaluation, memory, models, profiles, training
 
     profile = profiles.pick_profile("laptop", verbose=False)
     tokenizer = models.load_tokenizer(profile)
@@ -52,13 +52,13 @@ def train(way: str, steps: int) -> dict[str, Any]:
     }
     if way == "course":
         args = training.training_arguments(profile, folder, steps, **common)
-        features = data.encode(rows, tokenizer, profile.max_length)
+        features = encoding.encode(rows, tokenizer, profile.max_length)
         trainer = training.make_trainer(model, args, features, None, tokenizer, (timer,))
     elif way == "tutorial":
         args = training.training_arguments(
             profile, folder, steps, train_sampling_strategy="random", **common
         )
-        texts = ["".join(data.split_text(row, tokenizer)) for row in rows]
+        texts = ["".join(encoding.split_text(row, tokenizer)) for row in rows]
         padded = tokenizer(texts, padding="max_length", max_length=PADDED_LENGTH, truncation=True)
         trainer = Trainer(
             model=model,
@@ -86,7 +86,7 @@ def train(way: str, steps: int) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     peak = memory.peak_memory_bytes()
-    tokens = sum(data.encode(rows, tokenizer, profile.max_length)["length"])
+    tokens = sum(encoding.encode(rows, tokenizer, profile.max_length)["length"])
     held_out = triage["validation"].select(range(VALIDATION_ROWS))
     return {
         "way": way,

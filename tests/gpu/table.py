@@ -32,8 +32,8 @@ from transformers.integrations import replace_with_bnb_linear
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from helpers import memory, models, profiles, training
-from helpers.data import CompletionCollator
+from helpers import logs, memory, models, profiles, training, workarounds
+from helpers.encoding import CompletionCollator
 
 PAD = 9  # >>SUFFIX<<
 
@@ -42,8 +42,8 @@ def random_falcon(
     config: PreTrainedConfig, dtype: torch.dtype, device: str, attn_implementation: str = "sdpa"
 ) -> PreTrainedModel:
     """A Falcon of random weights, its linear layers in NF4, made on `device` piece by piece."""
-    models.mend_falcon()
-    with models.quiet(), torch.device("meta"):
+    workarounds.patch_falcon()
+    with logs.quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
@@ -68,7 +68,7 @@ def random_falcon(
     model.is_loaded_in_4bit = model.is_quantized = True
     model.hf_quantizer = AutoHfQuantizer.from_config(quantization, pre_quantized=False)
     model.quantization_method = quantization.quant_method
-    return models.ready(model)
+    return workarounds.apply_workarounds(model)
 
 
 def _parameter(module: torch.nn.Module, values: torch.Tensor) -> torch.nn.Parameter:
@@ -108,7 +108,7 @@ def train(
         {"input_ids": ids, "labels": labels, "length": [length] * profile.batch_size}
     )
     timer = training.StepTimer()
-    with tempfile.TemporaryDirectory() as folder, models.quiet():
+    with tempfile.TemporaryDirectory() as folder, logs.quiet():
         arguments = training.training_arguments(
             profile,
             folder,
@@ -126,7 +126,7 @@ def train(
             data_collator=CompletionCollator(PAD),
             callbacks=[timer],
         )
-        training.silence(trainer)
+        training.remove_progress_callbacks(trainer)
         with memory.measure(model) as measured:
             trainer.train()
     losses = [loss for _, loss in training.curves(trainer)[0]]

@@ -15,8 +15,9 @@ from bitsandbytes.nn import Linear4bit
 from table import Run, falcon_7b, falcon_run
 from transformers import FalconConfig
 
-from helpers import CourseError, memory, models, profiles, training
-from helpers.data import encode, load_triage
+from helpers import CourseError, memory, models, profiles, training, weights
+from helpers.data import load_triage
+from helpers.encoding import encode
 from helpers.evaluation import answer_losses
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is here")
@@ -128,7 +129,7 @@ def test_the_laptop_path_runs_on_the_gpu(
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this GPU only emulates bf16")
     try:
-        models.fetch_smollm2()
+        weights.fetch_smollm2()
     except CourseError as error:
         pytest.skip(f"the weights are not here: {error}")
     picked = profiles.pick_profile("laptop", verbose=False)

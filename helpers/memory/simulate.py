@@ -1,21 +1,16 @@
-"""A training step on PyTorch's meta device: the real shapes, no weights, every byte followed.
-
-`helpers.memory` is the way in; this is what its `simulate` and `measure` are made of.
-"""
+"""A training step on PyTorch's meta device: the real shapes, no weights, every byte followed."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -23,119 +18,43 @@ from transformers import (
     PreTrainedModel,
 )
 
-from helpers import models
-from helpers.memory import COMPONENTS, Plan, Settings
+from helpers.logs import quiet
+from helpers.memory.measure import Storages, iter_tensors
+from helpers.memory.settings import COMPONENTS, Plan, Settings, find_config
+from helpers.models import quantization_config
+from helpers.workarounds import apply_workarounds
 
-# -- following bytes ---------------------------------------------------------------------------
 
+def simulate(
+    model: str | PreTrainedConfig | torch.nn.Module, method: str = "lora", **settings: Any
+) -> Plan:
+    """Run one training step of the real architecture without its weights, and follow its bytes.
 
-class Storages(TorchDispatchMode):
-    """While active, follow every storage that an operation reads or makes, until it is freed.
+    The model's own code runs forward and backward on the meta device, with PEFT's adapters and
+    bitsandbytes' layers; every operation has its real shapes, and nothing is computed. The step is
+    not the first one: the optimizer has its state already. The rows are taken to have padding.
 
-    A storage is the memory behind one or more tensors; views share one, and it counts once.
-    A storage that is first seen as an input was there before, so it counts from the start.
+    Args:
+        model, method, settings: as for `plan`; any decoder of transformers will do.
+
+    Raises:
+        CourseError: for an unknown model or setting.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.peak = 0
-        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # address -> (number, storage)
-        self._sizes: list[int] = []  # by number, in order of appearance
-        self._shapes: list[tuple[int, ...]] = []
-        self._changes: list[int] = []  # number + 1 where one appears, its negative where it goes
-        self._from_the_start: set[int] = set()
-
-    def watch(self, tensor: torch.Tensor, existed: bool = True) -> int:
-        """Follow the storage of a tensor; return its number."""
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        if address in self._alive:
-            return self._alive[address][0]
-        number, size = len(self._sizes), storage.nbytes()
-
-        def gone(_: weakref.ref) -> None:
-            del self._alive[address]
-            self.bytes -= size
-            self._changes.append(-(number + 1))
-
-        self._alive[address] = (number, weakref.ref(storage, gone))
-        self._sizes.append(size)
-        self._shapes.append(tuple(tensor.shape))
-        self.bytes += size
-        if existed:
-            self.peak += size
-            self._from_the_start.add(number)
-        else:
-            self._changes.append(number + 1)
-        self.peak = max(self.peak, self.bytes)
-        return number
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for value in tree_iter((args, kwargs)):
-            if isinstance(value, torch.Tensor):
-                self.watch(value)
-        result = func(*args, **kwargs)
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
-                self.watch(value, existed=False)
-        return result
-
-    @property
-    def now(self) -> int:
-        """The position in time: how many storages have come and gone."""
-        return len(self._changes)
-
-    def fullest(self) -> tuple[int, dict[int, tuple[int, tuple[int, ...]]]]:
-        """(position in time, {number: (bytes, shape)}) of the moment with the most bytes alive."""
-        size = most = sum(self._sizes[number] for number in self._from_the_start)
-        when = 0
-        for position, change in enumerate(self._changes, start=1):
-            size += self._sizes[abs(change) - 1] * (1 if change > 0 else -1)
-            if size > most:
-                when, most = position, size
-        alive = set(self._from_the_start)
-        for change in self._changes[:when]:
-            if change > 0:
-                alive.add(change - 1)
-            else:
-                alive.discard(-change - 1)
-        return when, {number: (self._sizes[number], self._shapes[number]) for number in alive}
+    name, config = find_config(model)
+    return _simulate(name, config, Settings(method=method, **settings))
 
 
-def held(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
-    """Every tensor that a model holds: parameters, buffers, and the constants of quantization."""
-    for module in model.modules():
-        yield from module._parameters.values()
-        yield from module._buffers.values()
-        state = getattr(module, "state", None)  # of a Linear8bitLt
-        yield from (getattr(state, name, None) for name in ("CB", "SCB"))
-    for parameter in model.parameters():
-        yield from (getattr(parameter, name, None) for name in ("CB", "SCB"))
-        if (state := getattr(parameter, "quant_state", None)) is not None:  # of a Params4bit
-            yield from (state.absmax, state.code, state.offset)
-            if state.state2 is not None:
-                yield from (state.state2.absmax, state.state2.code)
-
-
-# -- the simulation ----------------------------------------------------------------------------
-
-
-def simulate(name: str, config: PreTrainedConfig, settings: Settings) -> Plan:
-    """The plan of a model's training step, by running it; see `helpers.memory.simulate`."""
+def _simulate(name: str, config: PreTrainedConfig, settings: Settings) -> Plan:
     config = copy.deepcopy(config)  # building a model writes into it
-    pretended = _Pretend(settings)
-    with models.quiet(), torch.device("meta"), pretended.as_if_there():
-        network = _build(config, settings, pretended)
+    emulation = _DeviceEmulation(settings)
+    with quiet(), torch.device("meta"), emulation.patched():
+        network = _build(config, settings, emulation)
         labels, moments = {}, {}
         with Storages() as storages:
-            _label_held(network, storages, labels)
+            _label_model_tensors(network, storages, labels)
             states = _optimizer_states(network, settings)
             labels |= {storages.watch(state): "optimizer" for state in states}
-            _one_step(network, config, settings, pretended, storages, labels, moments)
+            _one_step(network, config, settings, emulation, storages, labels, moments)
             when, alive = storages.fullest()
     components = dict.fromkeys(COMPONENTS, 0)
     for number, (size, shape) in alive.items():
@@ -145,7 +64,9 @@ def simulate(name: str, config: PreTrainedConfig, settings: Settings) -> Plan:
     return Plan(name, settings.method, components, moment)
 
 
-def _build(config: PreTrainedConfig, settings: Settings, pretended: _Pretend) -> torch.nn.Module:
+def _build(
+    config: PreTrainedConfig, settings: Settings, emulation: _DeviceEmulation
+) -> torch.nn.Module:
     """The model as the course trains it, without weights."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -167,9 +88,9 @@ def _build(config: PreTrainedConfig, settings: Settings, pretended: _Pretend) ->
         lora = LoraConfig(r=settings.lora_rank, target_modules=targets, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     if settings.gradient_checkpointing:
-        arguments = {"use_reentrant": False, "context_fn": pretended.checkpointed}
+        arguments = {"use_reentrant": False, "context_fn": emulation.checkpointed}
         model.activation_checkpointing_enable(arguments)
-    return models.ready(model).train()
+    return apply_workarounds(model).train()
 
 
 def _quantize(model: PreTrainedModel, settings: Settings) -> None:
@@ -181,7 +102,7 @@ def _quantize(model: PreTrainedModel, settings: Settings) -> None:
 
     four_bits = settings.method == "qlora"
     if four_bits:
-        config = models.quantization_config("nf4", settings.dtype)
+        config = quantization_config("nf4", settings.dtype)
     else:  # which columns are outliers, multiplied apart in 16 bits, is not known without weights
         config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
@@ -215,8 +136,10 @@ def _quantize(model: PreTrainedModel, settings: Settings) -> None:
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = four_bits, not four_bits
 
 
-def _label_held(network: torch.nn.Module, storages: Storages, labels: dict[int, str]) -> None:
-    for tensor in held(network):
+def _label_model_tensors(
+    network: torch.nn.Module, storages: Storages, labels: dict[int, str]
+) -> None:
+    for tensor in iter_tensors(network):
         if tensor is not None:
             labels[storages.watch(tensor)] = "weights"
     for name, parameter in network.named_parameters():
@@ -250,7 +173,7 @@ def _one_step(
     network: torch.nn.Module,
     config: PreTrainedConfig,
     settings: Settings,
-    pretended: _Pretend,
+    emulation: _DeviceEmulation,
     storages: Storages,
     labels: dict[int, str],
     moments: dict[str, int],
@@ -263,15 +186,15 @@ def _one_step(
         "labels": torch.empty(rows, settings.keep, dtype=torch.long),
         "logits_to_keep": settings.keep,
     }
-    with pretended:
-        with pretended.autocast():
+    with emulation:
+        with emulation.autocast():
             outputs = network(**batch, num_items_in_batch=torch.empty((), dtype=torch.long))
         if settings.autocast:  # accelerate hands all outputs back in fp32
             outputs = {"loss": outputs["loss"], "logits": outputs["logits"].float()}
         loss = outputs["loss"]
         del outputs, batch
         moments["forward"] = storages.now
-        loss.backward()  # without the pretence; recomputed layers bring their own
+        loss.backward()  # outside of the emulation; recomputed layers enter it themselves
     del loss
     moments["backward"] = storages.now
     torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -288,7 +211,7 @@ _MATRIX_PRODUCTS = {
 }
 
 
-class _Pretend(TorchFunctionMode):
+class _DeviceEmulation(TorchFunctionMode):
     """What a real device does and the meta device leaves out: autocast, and a choice of kernels."""
 
     def __init__(self, settings: Settings) -> None:
@@ -297,7 +220,7 @@ class _Pretend(TorchFunctionMode):
         self._casts: dict[int, torch.Tensor] | None = None
 
     @contextlib.contextmanager
-    def as_if_there(self) -> Iterator[None]:
+    def patched(self) -> Iterator[None]:
         """Make the libraries take the paths that they take on the real device."""
         import bitsandbytes
         from bitsandbytes.autograd._functions import MatMul8bitFp, MatMul8bitLt
@@ -315,7 +238,7 @@ class _Pretend(TorchFunctionMode):
                 patch(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
             )
             stack.enter_context(patch(bitsandbytes, "matmul", int8_product))
-            # As helpers.models.mend_falcon does, but for the moment.
+            # As helpers.workarounds.patch_falcon does, but for the moment.
             stack.enter_context(patch(modeling_falcon, "FalconLinear", torch.nn.Linear))
             # PEFT asks whether autocast is on for the GPU; nobody tells it of a CPU's.
             on = self.settings.autocast and self.settings.device == "cuda"

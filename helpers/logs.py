@@ -1,0 +1,39 @@
+"""Keep the libraries' progress bars and advice out of outputs. Errors always come through."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence progress bars, advice and warnings of the libraries while a block runs."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
+    bitsandbytes_logger = logging.getLogger("bitsandbytes")
+    bitsandbytes_level = bitsandbytes_logger.level
+    try:
+        quiet_libraries()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        bitsandbytes_logger.setLevel(bitsandbytes_level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and advice for the rest of a notebook; Python's warnings stay."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    # At import bitsandbytes looks for a faster kernel on the Hub and warns when it is offline.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
