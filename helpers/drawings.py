@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
 
 from helpers import CourseError
+from helpers.plotting import BLUE, GREEN, GREY, ORANGE
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#6B6B6B"  # Okabe and Ito's, as in plotting
 INK, FAINT = "#222222", "#C4C4C4"
 WIDTH = 720
 LINE = 1.2  # points
@@ -68,7 +68,7 @@ class _Sheet:
         mono: bool = False,
         ha: str = "center",
     ) -> None:
-        """Lines of text around the middle y, set on baselines that do not depend on their letters."""
+        """Lines of text with y in their middle, whichever letters they have."""
         pixels = size * 96 / 72
         lines = text.split("\n")
         top = y - 1.35 * pixels * (len(lines) - 1) / 2
@@ -116,36 +116,24 @@ class _Sheet:
         if text:
             self.text(x + 12, y + 17, text, ha="left", bold=True)
 
-    def arrow(
-        self,
-        start: Point,
-        end: Point,
-        color: str = INK,
-        bend: float = 0,
-        dashed: bool = False,
-        both: bool = False,
-    ) -> None:
-        """An arrow; `bend` above 0 turns it to the left of its way."""
+    def arrow(self, start: Point, end: Point, color: str = INK) -> None:
         patch = FancyArrowPatch(
             start,
             end,
-            arrowstyle="<|-|>" if both else "-|>",
+            arrowstyle="-|>",
             mutation_scale=9,
             shrinkA=0,
             shrinkB=0,
-            connectionstyle=f"arc3,rad={bend}",
             color=color,
-            linestyle=(0, (4, 3)) if dashed else "-",
             joinstyle="miter",
             capstyle="butt",
         )
         self._add(patch, over=3)
 
-    def path(self, points: Sequence[Point], color: str = INK, dashed: bool = False) -> None:
+    def path(self, points: Sequence[Point]) -> None:
         """An arrow along straight pieces."""
-        *line, last = points
-        self.line(line, color, dashed)
-        self.arrow(line[-1], last, color, dashed=dashed)
+        self.line(points[:-1])
+        self.arrow(points[-2], points[-1])
 
     def line(
         self,
@@ -260,7 +248,12 @@ def tokens_and_labels() -> Figure:
     sheet.text((left + border) / 2, 382, "prompt: −100,\nthe loss skips it", size=9)
     sheet.bracket(border + 4, WIDTH - 23, 352)
     middle = (border + WIDTH - 22) / 2
-    sheet.text(middle, 382, "answer: trained, and <|im_end|> with it,\nso the model learns where to stop", size=9)
+    sheet.text(
+        middle,
+        382,
+        "answer: trained, and <|im_end|> with it,\nso the model learns where to stop",
+        size=9,
+    )
     return sheet.figure
 
 
@@ -406,7 +399,7 @@ def nf4() -> Figure:
     step(115, "▽ each on the code table")
 
     sheet.text(24, 168, "code table", ha="left", bold=True)
-    sheet.text(24, 185, "codes, and their values", ha="left", size=9, color=GREY)
+    sheet.text(24, 185, "code over value", ha="left", size=9, color=GREY)
     middle, half = (left + WIDTH - 32) / 2, (WIDTH - 32 - left) / 2
     sheet.line([(left, 175), (WIDTH - 32, 175)])
     for code, value in enumerate(NF4):
@@ -565,9 +558,19 @@ def three_ways() -> Figure:
             sheet.box(x + 44, 114 - 27 * line, wide - 88, 24, text, size=9, line=2 if own else LINE)
         sheet.arrow((middle, 140), (middle, 162))
         if number == 2:
-            sheet.box(x + 30, 166, wide - 60, 64, "starts random,\nall of it trained", "trained", size=9)
+            sheet.box(
+                x + 30, 166, wide - 60, 64, "starts random,\nall of it trained", "trained", size=9
+            )
         else:
-            sheet.box(x + 30, 166, wide - 60, 64 if number == 0 else 38, "pretrained, frozen", "frozen", size=9)
+            sheet.box(
+                x + 30,
+                166,
+                wide - 60,
+                64 if number == 0 else 38,
+                "pretrained, frozen",
+                "frozen",
+                size=9,
+            )
         if number == 1:
             sheet.box(x + 30, 206, wide - 60, 24, "adapter, trained", "trained", size=9)
         sheet.arrow((middle, 232), (middle, 254))
@@ -672,7 +675,9 @@ def tracking() -> Figure:
         sheet.line([(x, y), (x, y + high), (x + wide, y + high)], GREY)
         for color, fall, floor in ((GREY, 2.0, 0.35), (BLUE, 4.0, 0.2), (ORANGE, 7.0, 0.06)):
             curve = [floor + (0.95 - floor) * math.exp(-fall * step / 30) for step in range(31)]
-            points = [(x + 4 + (wide - 8) * n / 30, y + high * (1 - v)) for n, v in enumerate(curve)]
+            points = [
+                (x + 4 + (wide - 8) * n / 30, y + high * (1 - v)) for n, v in enumerate(curve)
+            ]
             sheet.line(points, color, width=1.6)
     return sheet.figure
 
@@ -696,7 +701,9 @@ def data_parallel() -> Figure:
     sheet.text(500, 125, "all-reduce", bold=True)
     sheet.text(500, 169, "the mean of\nthe gradients", size=9)
     sheet.text(500, 219, "(0.4 + 0.2) / 2\n= 0.3", size=9)
-    note = "Same weights before, same step: same weights after. Only the adapter’s gradients are sent."
+    note = (
+        "Same weights before, same step: same weights after. Only the adapter’s gradients are sent."
+    )
     sheet.text(360, 337, note)
     return sheet.figure
 
@@ -725,10 +732,10 @@ DRAWINGS: dict[str, Drawing] = {
     ),
     "padding": Drawing(
         padding,
-        "Four rows of {lengths} tokens in three layouts. Padded to a fixed length of {fixed}, "
-        "{waste_fixed} % of the cells are wasted; padded to the longest row of the batch, "
-        "{waste_dynamic} %; packed one after the other, none, with positions that start at 0 "
-        "again in every row.",
+        f"Four rows of {', '.join(map(str, LENGTHS))} tokens in three layouts. Padded to a fixed "
+        f"length of {FIXED}, {_wasted(FIXED)} of the cells are wasted. Padded to the longest row "
+        f"of the batch, {_wasted(max(LENGTHS))} are. Packed one after the other, none are, and "
+        "positions start at 0 again in every row.",
     ),
     "nf4": Drawing(
         nf4,
@@ -792,7 +799,7 @@ class _Picture(Image):
 
 
 def _png(figure: Figure) -> bytes:
-    """The figure as a PNG of at most 256 colours: a third of the size, no difference to be seen."""
+    """The figure as a PNG of at most 256 colors: less than half the size, and it looks the same."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     picture = PIL.Image.open(buffer).convert("RGB")
@@ -801,7 +808,11 @@ def _png(figure: Figure) -> bytes:
 
 
 def drawing(name: str) -> Image:
-    """Show a drawing: the last expression of a notebook's cell."""
+    """One of NAMES, as the last expression of a cell: a PNG, and in plain text what it says.
+
+    Raises:
+        CourseError: there is no drawing of this name.
+    """
     if name not in DRAWINGS:
         raise CourseError(f"There is no drawing {name!r}. There are: {', '.join(NAMES)}.")
     function, alternative = DRAWINGS[name]
