@@ -24,10 +24,27 @@ only from files above it in this list:
     drawings      every drawing of an idea, in one style
     widgets       explorers and live training curves
     exercises     exercises that check themselves, one file per notebook
+    config        the settings of a run, and its command line
+    checkpoints   checkpoints that a killed run can trust, and exact resuming
+    card          the model card of a run
+    pipeline      a run from its settings to its model card
     finetune      the training as a command: python -m helpers.finetune
     notebooks     run notebooks and store their outputs: python -m helpers notebooks
     __main__      set-up: python -m helpers start | test | notebooks
 """
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Read by OpenMP when torch is imported, so it is set here, before anything imports torch: how long
+# a thread of GNU's OpenMP (torch's on Linux) spins while it waits for the others. Left alone it
+# spins for milliseconds, and one other busy process makes training about five times slower: on that
+# core the spinning thread keeps the one that is waited for from running.
+SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+if "torch" not in sys.modules and not any(name in os.environ for name in SPIN_VARIABLES):
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 
 class CourseError(Exception):

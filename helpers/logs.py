@@ -7,6 +7,9 @@ import logging
 import warnings
 from collections.abc import Iterator
 
+# At import bitsandbytes looks for a faster kernel on the Hub, and warns when it is offline.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -15,8 +18,6 @@ def quiet() -> Iterator[None]:
 
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
-    bitsandbytes_logger = logging.getLogger("bitsandbytes")
-    bitsandbytes_level = bitsandbytes_logger.level
     try:
         quiet_libraries()
         with warnings.catch_warnings():
@@ -24,7 +25,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         transformers.logging.set_verbosity(level)
-        bitsandbytes_logger.setLevel(bitsandbytes_level)
         if bars:
             transformers.logging.enable_progress_bar()
 
@@ -35,5 +35,3 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # At import bitsandbytes looks for a faster kernel on the Hub and warns when it is offline.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

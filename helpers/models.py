@@ -1,22 +1,29 @@
-"""Load models and tokenizers, by profile."""
+"""Load models and tokenizers, by profile, and look at a model before it is loaded."""
 
 from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 
 from helpers import CourseError
 from helpers.logs import quiet
 from helpers.profiles import FLOAT_FORMATS, Profile, torch_dtype
 from helpers.tiny import TINY_MODELS, build_tiny
-from helpers.weights import MODEL, fetch_smollm2, last_line
+from helpers.weights import HUB_ID, MODEL, fetch_smollm2, last_line
 from helpers.workarounds import apply_workarounds, patch_falcon
 
 PRECISIONS = (*FLOAT_FORMATS, "int8", "nf4", "fp4")
@@ -77,6 +84,123 @@ def quantization_config(precision: str, compute_dtype: torch.dtype) -> BitsAndBy
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What can be known of a model before its weights are loaded.
+
+    Attributes:
+        base_id: how others know the model: its Hub id; for a folder, the folder's name.
+        context_length: the most tokens it can read; None where its config does not say.
+        target_modules: the layers that get an adapter; empty for full fine-tuning.
+        trainable_parameters, total_parameters: with the adapter, if it gets one.
+        checkpoint_bytes: of one checkpoint: trained parameters and two optimizer states, in fp32.
+    """
+
+    base_id: str
+    context_length: int | None
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    checkpoint_bytes: int
+
+
+def inspect_model(
+    profile: Profile,
+    method: str,
+    rank: int | None = None,
+    target_modules: Sequence[str] | None = None,
+) -> Inspection:
+    """Look at a model's architecture, without its weights, and count what would be trained.
+
+    Args:
+        method: "lora", "qlora" or "full".
+        rank, target_modules: of the adapter; all linear layers but the output layer if not given.
+
+    Raises:
+        CourseError: the model is not to be found, has no such layers, or the rank is larger than
+            one of their matrices.
+    """
+    where = model_path(profile)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(where)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError) as error:
+            raise _loading_error(profile, where, error) from error
+    total, trained, targets = model.num_parameters(), 0, ()
+    if method == "full":
+        trained = total
+    else:
+        shapes = linear_layers(model)
+        targets = _match_targets(profile.model_id, shapes, target_modules)
+        rank = rank or profile.lora_rank
+        for name, shape in shapes.items():
+            if _matches(name, targets):
+                if rank > min(shape):
+                    raise CourseError(
+                        f"--rank {rank} is more than the layer {name} of {profile.model_id} can "
+                        f"have: its matrix is {shape[0]} x {shape[1]}. Lower --rank to at most "
+                        f"{min(shape)}."
+                    )
+                trained += rank * sum(shape)
+        total += trained
+    text = config.get_text_config()
+    return Inspection(
+        base_id=_base_id(profile.model_id),
+        context_length=getattr(text, "max_position_embeddings", None),
+        target_modules=targets,
+        trainable_parameters=trained,
+        total_parameters=total,
+        checkpoint_bytes=3 * 4 * trained,
+    )
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """{name: (inputs, outputs)} of every linear layer but the output layer.
+
+    GPT-2 writes its linear layers as `Conv1D`, with a transposed matrix.
+    """
+    head = model.get_output_embeddings()
+    shapes = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.nx, module.nf)
+    return shapes
+
+
+def _match_targets(
+    model_id: str, shapes: dict[str, tuple[int, int]], named: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The target modules by their names, each of which must occur in the model."""
+    available = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in shapes))
+    if named is None:
+        return available
+    for target in named:
+        if not any(_matches(name, (target,)) for name in shapes):
+            raise CourseError(
+                f"{model_id} has no linear layer named {target!r}. --target-modules takes some of "
+                f"{', '.join(available)}."
+            )
+    return tuple(named)
+
+
+def _matches(name: str, targets: Sequence[str]) -> bool:
+    """As PEFT does: the whole name of a layer, or the end of it after a dot."""
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _base_id(model_id: str) -> str:
+    """How others know a model: its Hub id, or the name of its folder, never a path."""
+    if model_id == MODEL:
+        return HUB_ID
+    return Path(model_id).name if Path(model_id).is_dir() else model_id
+
+
 def load_model(profile: Profile, precision: str | None = None) -> PreTrainedModel:
     """Load a profile's model, ready to answer or to train.
 
@@ -101,11 +225,16 @@ def load_model(profile: Profile, precision: str | None = None) -> PreTrainedMode
                 dtype=dtype,
                 quantization_config=quantization_config(precision, dtype),
                 attn_implementation=profile.attn_implementation,
-                device_map={"": 0 if profile.device == "cuda" else "cpu"},
+                device_map={"": _device(profile)},
             )
         except (OSError, ValueError, SafetensorError) as error:
             raise _loading_error(profile, where, error) from error
     return apply_workarounds(model)
+
+
+def _device(profile: Profile) -> int | str:
+    """The processor, or the GPU of this process: `accelerate launch` numbers them."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if profile.device == "cuda" else "cpu"
 
 
 def _loading_error(profile: Profile, where: str, error: Exception) -> CourseError:

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -61,9 +62,12 @@ def training_arguments(
 ) -> TrainingArguments:
     """The profile's `TrainingArguments` for a run of `steps` optimizer steps.
 
-    The validation loss is measured six times, so that `helpers.diagnosis` has a curve to read.
+    The validation loss is measured about six times, so that `helpers.diagnosis` has a curve to
+    read, and the training loss four times as often: then each checkpoint falls on a logged step,
+    and a resumed run logs the same means as one that was never interrupted.
     """
-    every = max(1, math.ceil(steps / 6))
+    log = max(1, math.ceil(steps / 24))
+    every = 4 * log if steps >= 24 else max(1, math.ceil(steps / 6))
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
         "num_train_epochs": profile.epochs,
@@ -82,7 +86,7 @@ def training_arguments(
         "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
-        "logging_steps": max(1, every // 4),
+        "logging_steps": log,
         "logging_nan_inf_filter": False,  # a loss that is not a number must be seen
         "prediction_loss_only": True,
         "dataloader_pin_memory": profile.device == "cuda",
@@ -127,12 +131,39 @@ class OneLineProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict, **kwargs: Any) -> None:
         self._train_loss = logs.get("loss", self._train_loss)
         if "eval_loss" in logs:
-            print(
+            self._write(
                 f"step {state.global_step:>4}/{state.max_steps}  "
                 f"train loss {self._train_loss:.3f}  validation loss {logs['eval_loss']:.3f}  "
-                f"{time.perf_counter() - self._start:4.0f} s",
-                flush=True,
+                f"{time.perf_counter() - self._start:4.0f} s"
             )
+
+    def _write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class Progress(OneLineProgress):
+    """`OneLineProgress`, with a bar below it where a person watches a terminal."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control)
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            leave=False,
+            disable=None if state.is_world_process_zero else True,  # None: where it is no terminal
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
+
+    def _write(self, line: str) -> None:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
 
 
 def make_trainer(
@@ -142,13 +173,19 @@ def make_trainer(
     validation: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: tuple[TrainerCallback, ...] = (),
+    trainer_class: type[Trainer] = Trainer,
+    **options: Any,
 ) -> Trainer:
-    """A `Trainer` for features of `helpers.data.encode`, without its own progress output."""
+    """A `Trainer` for features of `helpers.encoding.encode`, without its own progress output.
+
+    Args:
+        trainer_class, options: a subclass of `Trainer`, and what its constructor takes besides.
+    """
     if len(train) == 0:
         raise CourseError("There is nothing to train on: the train split has no rows.")
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
-    trainer = Trainer(
+    trainer = trainer_class(
         model=apply_workarounds(model),
         args=args,
         train_dataset=train,
@@ -156,6 +193,7 @@ def make_trainer(
         data_collator=CompletionCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=list(callbacks),
+        **options,
     )
     remove_progress_callbacks(trainer)
     return trainer
@@ -165,25 +203,6 @@ def remove_progress_callbacks(trainer: Trainer) -> None:
     """Remove the callbacks by which a `Trainer` prints a bar, a table or dictionaries."""
     for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(callback)
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest complete checkpoint in a folder, or None.
-
-    A run that is killed while it saves leaves a checkpoint without `trainer_state.json`, which is
-    written last; it is skipped.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return None
-    complete = [
-        path
-        for path in folder.glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit()
-        and (path / "trainer_state.json").is_file()
-    ]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
 
 
 def curves(trainer: Trainer) -> tuple[list[list[float]], list[list[float]]]:

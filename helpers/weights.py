@@ -28,6 +28,7 @@ from helpers import CourseError
 from helpers.logs import quiet
 
 MODEL = "SmolLM2-135M-Instruct"
+HUB_ID = f"HuggingFaceTB/{MODEL}"  # the original; ours is a quantized copy, unpacked
 GGUF_FILE = f"{MODEL}.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from masks import mask
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect  # noqa: E402
@@ -165,14 +166,15 @@ def clear_counts(path: Path) -> None:
 
 
 def shown(cell: nbformat.NotebookNode) -> dict[str, str]:
-    """What a cell shows, by kind. Like nbval, leave out pictures and the widgets' own state."""
+    """What a cell shows, by kind, with its numbers masked. Like nbval, leave out pictures and the
+    widgets' own state."""
     texts: dict[str, str] = {}
     for output in cell.outputs:
         kinds = {output.name: output.text} if output.output_type == "stream" else output.data
         for kind, text in kinds.items():
             if not kind.startswith("image/") and "widget" not in kind:
                 texts[kind] = texts.get(kind, "") + text
-    return texts
+    return {kind: mask(text) for kind, text in texts.items()}
 
 
 def compare(ran: nbformat.NotebookNode, stored: nbformat.NotebookNode) -> None:

@@ -148,12 +148,14 @@ def measure(model: torch.nn.Module) -> Iterator[Measured]:
         measured.peak_bytes = storages.peak
 
 
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: of the GPU if there is one, otherwise resident.
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most memory this process has held, in bytes.
 
-    The resident size covers everything in the process, Python and the libraries included.
+    Args:
+        device: "cuda" for what torch allocated on the GPU; "cpu" for the resident size, which
+            covers everything in the process, Python and the libraries included.
     """
-    if torch.cuda.is_available():
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
         import psutil
