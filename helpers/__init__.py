@@ -6,7 +6,9 @@ only from files above it in this list:
     logs          keep the libraries' progress bars and advice out of outputs
     profiles      which model, on which device, in which number format, and why
     data          the course's own 684 messages and their tickets
-    rows          read and check a file of training rows
+    readers       read JSONL, CSV and Parquet files
+    rows          check the rows of a file, and bring them into one shape
+    chat          a chat -> token ids; only the template writes control tokens
     encoding      rows -> token ids, labels, batches
     statistics    an interval for a score, a test for two models
     quantization  block-wise quantization, written out
@@ -38,13 +40,15 @@ from __future__ import annotations
 import os
 import sys
 
-# Read by OpenMP when torch is imported, so it is set here, before anything imports torch: how long
-# a thread of GNU's OpenMP (torch's on Linux) spins while it waits for the others. Left alone it
-# spins for milliseconds, and one other busy process makes training about five times slower: on that
-# core the spinning thread keeps the one that is waited for from running.
+# Here because it must be set before torch is imported. While a thread of GNU's OpenMP (torch's on
+# Linux) waits for the others, it spins for milliseconds; one other busy program then makes training
+# five times slower, for the spinning takes the core from the thread that is waited for. Spinning
+# briefly and then sleeping, it is two times. What a learner has set stays.
 SPIN_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-if "torch" not in sys.modules and not any(name in os.environ for name in SPIN_VARIABLES):
-    os.environ["GOMP_SPINCOUNT"] = "2000"
+SPIN_COUNT = "2000"
+_undecided = "torch" not in sys.modules and not any(name in os.environ for name in SPIN_VARIABLES)
+if sys.platform == "linux" and _undecided:
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 class CourseError(Exception):

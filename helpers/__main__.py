@@ -28,15 +28,16 @@ VERSION = ".".join(map(str, sys.version_info[:2]))
 # Two files of tests at a time, each with half of the cores (tests/conftest.py).
 PYTEST = ("-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 QUICK = ("tests", "-m", "not slow and not gpu")
-# Gigabytes to download for torch and what it needs, and free disk for the whole installation.
-BUILDS = {"CPU": (0.2, 4), "CUDA": (2.7, 11)}
+# Gigabytes to download for torch and what it needs, and of free disk for the whole installation:
+# packages, the files they came in, pip's copies of those, the model. Measured for torch 2.13.0.
+BUILDS = {"CPU": (0.2, 4), "CUDA": (2.7, 12)}
 # Runs where notebooks run, so that it imports what a notebook would.
 FETCH = """\
 import sys
 from pathlib import Path
 import helpers
 file = helpers.__file__ or f"A folder helpers ({list(helpers.__path__)[0]})"
-if Path(file).resolve().parent.parent != Path(sys.argv[1]):
+if Path(file).resolve() != Path(sys.argv[1], "helpers", "__init__.py"):
     sys.exit(f"error: {file} hides the course's package of the same name. Rename or move it.")
 from helpers.weights import fetch_smollm2
 try:
@@ -68,11 +69,11 @@ def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> int:
         raise
 
 
-def ask(*command: str | Path) -> str | None:
-    """What a command prints, or None if it fails, takes over a minute or does not exist."""
+def ask(*command: str | Path, timeout: float | None = None) -> str | None:
+    """What a command prints, or None if it fails, takes too long or does not exist."""
     try:
         done = subprocess.run(
-            [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=60
+            [*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -140,7 +141,7 @@ def check_torch(python: Path, prefix: Path) -> None:
     metadata = "import importlib.metadata as m; print(m.version('torch').split('+')[0])"
     if (ask(python, "-c", metadata) or "").strip() == pin:
         return
-    offered = ask(python, "-m", "pip", "index", "versions", "torch")
+    offered = ask(python, "-m", "pip", "index", "versions", "torch", timeout=60)
     build = "CPU"
     if platform.system() == "Linux" and offered is not None:
         build = "CPU" if re.search(rf"\b{re.escape(pin)}\+cpu\b", offered) else "CUDA"

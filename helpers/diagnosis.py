@@ -6,32 +6,25 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 # Three points fit any story; from the fourth on, a curve can contradict its own trend.
 MIN_EVALS = 4
-# Standard errors that make a change real. More than the usual two or three, because the lowest of
-# many levels is low partly by luck.
-SIGNIFICANT = 4.0
-# A level is the median over this share of a curve: short enough to show when a run turned.
-LEVEL_SHARE = 1 / 8
-# An outlier: the gap to its neighbours is this share of the range of all seven. Dixon's table has
-# 0.68 (99 %); somewhat more, because the neighbours are compared with a line of their own.
-GAP = 0.75
-# A change below this share of the loss is not worth acting on.
-WORTH = 0.03
-# "Still falling": a further third of the run would gain this share of all that was gained. The
-# last third of an exponential gains 15 % after two time constants, 3 % after five.
-FALL_OF_GAIN = 0.07
-# "Diverging": training lost this share of what it had gained. Not less, because a memorising run
+# A change below this fraction of the loss is not worth acting on.
+WORTH = 0.04
+# Standard errors that make a change real.
+SURE = 3.0
+# Evaluations during training wander by about this fraction of the loss, however smooth five of
+# them look. Counts as two values beside the curve's own noise.
+WANDER = 0.02
+# "Diverging": training loss gave back this fraction of its fall. Not less, because a memorizing run
 # drifts up within each epoch, before its next step-like drop.
-LOST_OF_GAIN = 0.3
-# ... or ended this many times above its first value: a run that blew up before it gained anything.
+LOST = 0.3
+# ... or ended this many times above its first value: a run that blew up before it had learned.
 BLOWN_UP = 1.5
-# "Flat" is a finding only if any change that noise could hide is below this share of the gain ...
-BLUR_OF_GAIN = 0.5
-# ... or, where validation was flat from its first evaluation on, below this share of its level.
-BLUR_OF_LEVEL = 0.1
+# "Healthy" says that nothing changes; not if noise could hide a change of this fraction.
+BLUR = 0.15
+# A loss above both its neighbours by this factor is one bad evaluation or batch, and set aside.
+SPIKE = 2.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +32,9 @@ class Diagnosis:
     """What the curves say.
 
     verdict: "underfitting", "healthy", "overfitting", "diverging" or "inconclusive".
-    best_step: step of the lowest validation loss that is finite and no outlier, None without one.
-    confidence: "low", "medium" or "high"; always "low" for "inconclusive".
+    best_step: step of the lowest finite validation loss, None without one.
+    confidence: "low", "medium" or "high": by how far the rule's limits were cleared (1.4 and 2
+        times, whatever the number of evaluations); always "low" for "inconclusive".
     explanation: what was seen, in numbers, and what to do next.
     """
 
@@ -63,17 +57,24 @@ def diagnose(train: Iterable[tuple[int, float]], evals: Iterable[tuple[int, floa
 
     Raises ValueError if an argument is no series of pairs of numbers, or a step is not whole.
 
-    Method: outliers are found with Dixon's gap-to-range ratio (Rorabacher, Analytical Chemistry
-    63, 1991), taken around a line through the neighbours; noise is estimated from second
-    differences (Gasser, Sroka and Jennen-Steinmetz, Biometrika 73, 1986). A rise is the last level
-    against the lowest one, a fall the Theil-Sen slope (Sen, JASA 63, 1968) of the last third;
-    either must exceed the noise and be worth acting on (Prechelt, "Early Stopping - But When?",
-    1998).
+    Four questions, in this order; each change must be worth acting on and exceed three standard
+    errors. Did training loss climb back up ("diverging")? Did validation loss end above its lowest
+    level although training loss fell ("overfitting")? Is the last third of the evaluations below
+    the third before, so that going on would pay ("underfitting")? Could noise hide such a change
+    ("inconclusive"), or not ("healthy")? Noise is what is left around the best curve that falls and
+    then rises (isotonic regression: Barlow et al., "Statistical Inference under Order
+    Restrictions", 1972). Evaluations are taken as evenly spaced. The rule reads the curves of one
+    run; it does not know how many rows are behind them.
     """
     train_steps, train_loss = _series(train, "train")
     eval_steps, eval_loss = _series(evals, "evals")
-    steps, loss = _usable(eval_steps, eval_loss)
+    finite = np.isfinite(eval_loss)
+    steps, loss = eval_steps[finite], eval_loss[finite]
     best_step = int(steps[np.argmin(loss)]) if len(loss) else None
+
+    def found(verdict: str, text: str, margin: float = 0.0) -> Diagnosis:
+        confidence = "high" if margin >= 2 else "medium" if margin >= 1.4 else "low"
+        return Diagnosis(verdict, best_step, confidence, text)
 
     curves = (("training", train_steps, train_loss), ("validation", eval_steps, eval_loss))
     for name, at, values in curves:
@@ -83,119 +84,183 @@ def diagnose(train: Iterable[tuple[int, float]], evals: Iterable[tuple[int, floa
                 f"The {name} loss is not finite at step {at[bad][0]:.0f}. Lower the learning rate, "
                 "clip gradients, and look for examples in which no token is trained on."
             )
-            return Diagnosis("diverging", best_step, "high" if bad[-1] else "medium", text)
+            return found("diverging", text, 2.0 if bad[-1] else 1.4)
 
-    first_loss = train_loss[0] if len(train_loss) else 0.0
-    train_steps, train_loss = _usable(train_steps, train_loss)
-    trn = _levels(train_steps, train_loss) if len(train_loss) >= MIN_EVALS else None
-    if trn:
-        limit = max(trn.blur, LOST_OF_GAIN * trn.gain, WORTH * trn.low)
-        if trn.rise > limit:
+    trn = None
+    if len(train_loss) >= MIN_EVALS:
+        trn = _Curve.of(train_loss)
+        limits = (
+            (trn.end - trn.low, max(LOST * trn.fall, WORTH * trn.low, trn.blur)),
+            (trn.end, BLOWN_UP * train_loss[0]),
+        )
+        margin = max(_ratio(*limit) for limit in limits)
+        if margin > 1:
             text = (
-                f"Training loss was as low as {trn.low:.3g} and ended at {trn.end:.3g}, a rise "
-                "beyond its noise. Lower the learning rate or lengthen the warm-up."
+                f"Training loss began at {train_loss[0]:.3g}, was as low as {trn.low:.3g} and "
+                f"ended at {trn.end:.3g}. Lower the learning rate or lengthen the warm-up."
             )
-            sure = _confidence(_ratio(trn.rise, limit), len(train_loss))
-            return Diagnosis("diverging", best_step, sure, text)
-        if 0 < BLOWN_UP * first_loss < trn.end:
-            text = (
-                f"Training loss began at {first_loss:.3g} and ended at {trn.end:.3g}. "
-                "Lower the learning rate or lengthen the warm-up."
-            )
-            sure = _confidence(_ratio(trn.end, BLOWN_UP * first_loss), len(train_loss))
-            return Diagnosis("diverging", best_step, sure, text)
+            return found("diverging", text, margin)
 
     if len(loss) < MIN_EVALS:
         text = f"Usable validation losses: {len(loss)}; a trend needs {MIN_EVALS}. Evaluate more."
-        return Diagnosis("inconclusive", best_step, "low", text)
-    verdict, sure, text = _judge(steps, loss, trn)
-    if len(loss) < len(eval_loss):
-        text += f" Set aside as far off the others: {len(eval_loss) - len(loss)}."
-    return Diagnosis(verdict, best_step, sure, text)
+        return found("inconclusive", text)
+    return found(*_judge(steps, loss, trn))
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """Levels of one curve in units of its loss; blur is the largest change that may be noise."""
-
-    start: float
-    low: float
-    end: float
-    blur: float
-
-    @property
-    def gain(self) -> float:
-        return self.start - self.low
-
-    @property
-    def rise(self) -> float:
-        return self.end - self.low
-
-    @property
-    def learned(self) -> bool:
-        return self.gain > max(self.blur, WORTH * self.start)
-
-
-def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Levels | None) -> tuple[str, str, str]:
-    """Verdict, confidence and explanation from n >= 4 validation losses; training did not rise."""
-    n, val = len(loss), _levels(steps, loss)
-    trained = trn is not None and trn.learned
-    agrees = trained and trn.rise <= trn.blur  # training fell and ended at its lowest level
+def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Curve | None) -> tuple[str, str, float]:
+    """Verdict, explanation and margin from n >= 4 validation losses; training did not diverge."""
+    val, best = _Curve.of(loss), int(np.argmin(loss))
     seen = f"Validation loss went from {loss[0]:.3g} to {loss[-1]:.3g}"
+    if val.spikes:
+        seen += f" ({val.spikes} far above its neighbours set aside)"
     if trn:
         seen += f", training loss from {trn.start:.3g} to {trn.end:.3g}"
 
-    limit = max(val.blur, WORTH * val.low)
-    risen = _ratio(val.rise, limit)
-    best = np.argmin(loss)
-    after = slice(best + 1, None)
-    # One value after the lowest proves little; several that do not rise show the lowest was luck.
-    if risen > 1 and n - best > 2 and _slope(steps[after], loss[after]) > 0:
+    worth = WORTH * val.low
+    risen = _ratio(val.end - val.low, max(worth, val.blur))
+    if risen > 1 and len(loss) - best > 2:  # one value after the lowest proves little
+        low = f"validation was lowest ({loss[best]:.3g}) at step {steps[best]:.0f}"
+        if trn and not trn.learned:
+            text = (
+                f"{seen}; {low}, but training loss did not fall either. Check the learning rate "
+                "and what is trained."
+            )
+            return "inconclusive", text, 0.0
         text = (
-            f"{seen}; validation was lowest ({loss[best]:.3g}) at step {steps[best]:.0f} and has "
-            "risen since. Go back to that checkpoint; train for fewer epochs or on more examples."
+            f"{seen}; {low} and has risen since. Go back to that checkpoint; train for fewer "
+            "epochs or on more examples."
         )
-        return "overfitting", _confidence(risen, n, agrees), text
+        return "overfitting", text, risen
 
-    # The fall that a third more steps would bring, and the one that noise alone could show.
-    third = (steps[-1] - steps[0]) / 3
-    last = max(3, np.sum(steps >= steps[-1] - third))
-    x = steps[-last:]
-    fall = -third * _slope(x, loss[-last:])
-    blur = SIGNIFICANT * third * _noise(steps, loss) / np.sqrt(np.sum((x - x.mean()) ** 2))
-    # Where next to nothing was learned, even a tiny pace is a reason to go on, or go faster.
-    learned = trained or val.learned
-    limit = max(blur, FALL_OF_GAIN * val.gain, WORTH * val.end if learned else 0.0)
-    falling = _ratio(fall, limit)
+    falling = min(_ratio(val.drop, val.drop_blur), _ratio(val.gain, worth))
     if falling > 1:
         text = (
-            f"{seen} and was still falling: at the last pace, a third more steps would bring "
-            f"validation down by {fall:.2g}. Train longer, or raise the learning rate."
+            f"{seen} and was still falling: at this pace, a third more steps would bring "
+            f"validation down by about {val.gain:.2g}. Train longer, or raise the learning rate."
         )
-        return "underfitting", _confidence(falling, n, agrees), text
+        return "underfitting", text, falling
 
-    if not learned:
+    if not val.learned and not (trn and trn.learned):
         text = f"{seen}; no loss has clearly moved. Check the learning rate and what is trained."
-        return "inconclusive", "low", text
-    if -fall > limit:
+        return "inconclusive", text, 0.0
+    if loss[-1] - val.low > max(worth, SURE * val.noise):
         text = f"{seen} and ends on a rise too short to judge. Evaluate more often, or go on a bit."
-        return "inconclusive", "low", text
-    limit = max(BLUR_OF_GAIN * val.gain, BLUR_OF_LEVEL * val.low if trained else 0.0)
-    blurred = _ratio(val.blur, limit)
+        return "inconclusive", text, 0.0
+    blurred = _ratio(val.blur, BLUR * val.low)
     if blurred > 1:
         text = (
             f"{seen}; noise hides any change of validation below {val.blur:.2g}. Use a larger "
             "validation set, evaluate more often or train longer."
         )
-        return "inconclusive", "low", text
-
+        return "inconclusive", text, 0.0
     text = (
-        f"{seen} and has levelled off near its lowest ({loss[best]:.3g}, step {steps[best]:.0f}): "
-        f"a third more steps would change it by {-fall:+.2g} at the last pace. "
-        f"Keep that checkpoint."
+        f"{seen} and has levelled off near its lowest ({loss[best]:.3g}, step {steps[best]:.0f}). "
+        "Keep that checkpoint."
     )
-    nearest = max(risen, falling, blurred)
-    return "healthy", _confidence(_ratio(1.0, nearest), n, val.learned), text
+    margin = _ratio(1.0, max(risen, falling, blurred)) if val.learned else 0.0
+    return "healthy", text, margin
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What the rule reads off one curve, in units of its loss.
+
+    start, low, end: its first, lowest and last level. noise: standard deviation of one value.
+    blur: the largest difference of two levels that may be noise.
+    drop: the fall from the second to the last third of the values. drop_blur: as blur, for drop.
+    gain: the fall that another third would bring, if falls go on shrinking as they did.
+    learned: the last third is clearly below the first. spikes: how many values were set aside.
+    """
+
+    start: float
+    low: float
+    end: float
+    noise: float
+    blur: float
+    drop: float
+    drop_blur: float
+    gain: float
+    learned: bool
+    spikes: int
+
+    @property
+    def fall(self) -> float:
+        return self.start - self.low
+
+    @classmethod
+    def of(cls, loss: np.ndarray) -> _Curve:
+        """Read a curve of n >= 4 values."""
+        inner = loss[1:-1]
+        spike = np.r_[False, inner > SPIKE * np.maximum(loss[:-2], loss[2:]), False]
+        spike &= np.count_nonzero(~spike) >= MIN_EVALS
+        loss = loss[~spike]
+        n, noise = len(loss), _noise(loss)
+        # A level is the median of some values in a row; of two the lower one, so that a single
+        # high value at the end is no rise.
+        width = max(2, n // 8)
+        windows = np.lib.stride_tricks.sliding_window_view(loss, width)
+        levels = np.quantile(windows, 0.5, axis=1, method="lower")
+        start = float(np.quantile(windows[0], 0.5, method="higher"))
+        third = round(n / 3)
+        parts = loss[: n - 2 * third], loss[n - 2 * third : n - third], loss[n - third :]
+        first, second, last = (float(part.mean()) for part in parts)
+        drop, drop_blur = second - last, SURE * noise * np.sqrt(2 / third)
+        shrink = min(1.0, max(0.0, _ratio(drop, first - second)))
+        gain = drop * shrink
+        if third > 1:  # a fall that ended before the last third began will not go on
+            gain = min(gain, -third * _slope(parts[2]) * np.sqrt(shrink))
+        learned = first - last > max(drop_blur, WORTH * first)
+        return cls(
+            start,
+            float(levels.min()),
+            float(levels[-1]),
+            noise,
+            SURE * noise * float(np.sqrt(2 / width)),
+            drop,
+            float(drop_blur),
+            float(gain),
+            bool(learned),
+            int(np.count_nonzero(spike)),
+        )
+
+
+def _slope(values: np.ndarray) -> float:
+    """Least-squares slope, per value, of two values or more."""
+    x = np.arange(len(values)) - (len(values) - 1) / 2
+    return float(x @ values / (x @ x))
+
+
+def _noise(loss: np.ndarray) -> float:
+    """Standard deviation of n >= 4 values around the best curve that falls and then rises."""
+    n, centered = len(loss), loss - loss.mean()
+    falling, rising = _monotone(centered), _monotone(centered[::-1])
+    # Before the turn k values fall, after it n - k rise.
+    squares, blocks = min(
+        (falling[k][0] + rising[n - k][0], falling[k][1] + rising[n - k][1]) for k in range(n + 1)
+    )
+    wander = WANDER * abs(float(np.median(loss)))
+    return float(np.sqrt((squares + 2 * wander**2) / (n - min(blocks, n) + 2)))
+
+
+def _monotone(values: np.ndarray) -> list[tuple[float, int]]:
+    """For every k from 0 to n: the least squares that a curve which never rises leaves of the
+    first k values, and its number of levels (pool adjacent violators)."""
+    means: list[float] = []
+    counts: list[int] = []
+    found, total, explained = [(0.0, 0)], 0.0, 0.0
+    for value in values.tolist():
+        mean, count = value, 1
+        total += value * value
+        while means and means[-1] <= mean:
+            other, size = means.pop(), counts.pop()
+            explained -= size * other * other
+            mean = (mean * count + other * size) / (count + size)
+            count += size
+        means.append(mean)
+        counts.append(count)
+        explained += count * mean * mean
+        found.append((max(0.0, total - explained), len(means)))
+    return found
 
 
 def _series(pairs: Iterable[tuple[int, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -216,66 +281,8 @@ def _series(pairs: Iterable[tuple[int, float]], name: str) -> tuple[np.ndarray, 
     return in_order[:, 0], in_order[:, 1]
 
 
-def _usable(steps: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses without those not finite or far off the line through their neighbours."""
-    finite = np.isfinite(loss)
-    steps, loss = steps[finite], loss[finite]
-    n = len(loss)
-    keep = np.ones(n, dtype=bool)
-    for i in range(n if n >= MIN_EVALS else 0):
-        begin = max(min(i - 3, n - 7), 0)  # the six nearest neighbours, fewer in a short curve
-        window = np.arange(begin, min(begin + 7, n))
-        others = window[window != i]
-        x = steps[others] - steps[others].mean()
-        slope = x @ loss[others] / (x @ x)
-        own, rest = loss[i] - slope * steps[i], loss[others] - slope * steps[others]
-        low, high = rest.min(), rest.max()
-        gap = max(low - own, own - high)
-        # A first loss far above the rest is no outlier: there learning began.
-        keep[i] = gap <= GAP * (gap + high - low) or (i == 0 and own > high)
-    return steps[keep], loss[keep]
-
-
-def _noise(steps: np.ndarray, loss: np.ndarray) -> float:
-    """Standard deviation of one of n >= 4 values around a smooth curve, in units of the loss."""
-    # How far each value lies above the line between its two neighbours, in standard deviations.
-    weight = (steps[1:-1] - steps[:-2]) / (steps[2:] - steps[:-2])
-    line = (1 - weight) * loss[:-2] + weight * loss[2:]
-    bends = (loss[1:-1] - line) / np.sqrt(1 + weight**2 + (1 - weight) ** 2)
-    # Loss curves sag between any two of their points, which makes bends negative; the upper
-    # quartile (0.6745 standard deviations) tells noise from shape even if a curve is all bend.
-    spread = max(np.quantile(bends, 0.75), 0.0) / 0.6745
-    # Follows the 99 % quantile of Student's t with n - 2 degrees of freedom: 3 times the normal
-    # one at n = 4.
-    return float(spread * (1 + 2 / (len(loss) - 3)))
-
-
-def _levels(steps: np.ndarray, loss: np.ndarray) -> _Levels:
-    """Levels of a curve of n >= 4 values without outliers."""
-    width = max(2, int(len(loss) * LEVEL_SHARE))
-    windows = sliding_window_view(loss, width)[:: -max(1, width // 4)]  # from the end backwards
-    # Of two values the lower one, so that a single high evaluation at the end is no rise.
-    levels = np.quantile(windows, 0.5, axis=1, method="lower")
-    start = np.quantile(loss[:width], 0.5, method="higher")
-    blur = SIGNIFICANT * _noise(steps, loss) * np.sqrt(2 / width)  # of a difference of two levels
-    return _Levels(float(start), float(min(levels)), float(levels[0]), float(blur))
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
-    """Theil-Sen slope of two or more points: the median over all their pairs."""
-    i, j = np.triu_indices(len(x), 1)
-    return float(np.median((y[j] - y[i]) / (x[j] - x[i])))
-
-
 def _ratio(change: float, limit: float) -> float:
     """Change in units of its limit; a limit of zero is exceeded by any change."""
     if limit > 0:
         return float(change / limit)
     return float("inf") if change > 0 else 0.0
-
-
-def _confidence(margin: float, n: int, agrees: bool = True) -> str:
-    """By how far the limit was cleared (1: just), by how many values, and whether all agrees."""
-    if n < 6 or margin < 1.5 or not agrees:
-        return "low"
-    return "high" if n >= 10 and margin >= 3 else "medium"

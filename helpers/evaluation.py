@@ -13,7 +13,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from helpers.encoding import IGNORED, CompletionCollator, split_text
+from helpers.chat import ChatEncoder
+from helpers.encoding import (
+    IGNORED,
+    CompletionCollator,
+    encode_prompts,
+    encode_row,
+    labels_of,
+    stop_token_ids,
+)
 from helpers.logs import quiet
 from helpers.workarounds import apply_workarounds
 
@@ -48,11 +56,7 @@ def generate_answers(
         max_new_tokens: where an answer is cut that does not end by itself.
         progress: show a bar.
     """
-    texts = [
-        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        for prompt in prompts
-    ]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    ids = encode_prompts(prompts, tokenizer)
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     answers = [""] * len(ids)
     starts = range(0, len(ids), batch_size)
@@ -70,7 +74,7 @@ def generate_answers(
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     use_cache=True,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=stop_token_ids(tokenizer),
                     pad_token_id=tokenizer.pad_token_id,
                 )
             new = output[:, padded["input_ids"].shape[1] :]
@@ -177,29 +181,28 @@ def answer_losses(
     """Mean cross-entropy per token, in nats.
 
     Returns:
-        loss: over all tokens of the answers
-        value_loss: over the tokens of the JSON values alone (None where answers are no JSON):
-            most tokens of a ticket are boilerplate that is right for every ticket, and the mean
-            over all of them hides errors.
+        loss: over all trained tokens, those of the answers
+        value_loss: over the tokens of the JSON values in the last answers alone (None where these
+            are no JSON): most tokens of a ticket are boilerplate that is right for every ticket,
+            and the mean over all of them hides errors.
     """
+    encoder = ChatEncoder(tokenizer)
     features, value_masks = [], []
     for row in rows:
-        prompt, answer = split_text(row, tokenizer)
-        encoded = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        spans = value_spans(answer.removesuffix(tokenizer.eos_token))
+        chat = encode_row(row, encoder)
+        labels = labels_of(chat)
+        features.append({"input_ids": chat.input_ids, "labels": labels})
+        shift = chat.last_content[0]
+        spans = [
+            (start + shift, end + shift)
+            for start, end in value_spans(chat.text[slice(*chat.last_content)])
+        ]
         value_masks.append(
             [
                 any(first < end and last > start for start, end in spans)
-                for first, last in encoded["offset_mapping"]
+                for (first, last), label in zip(chat.offsets, labels, strict=True)
+                if label != IGNORED
             ]
-        )
-        answer_ids = encoded["input_ids"]
-        features.append(
-            {
-                "input_ids": prompt_ids + answer_ids,
-                "labels": [IGNORED] * len(prompt_ids) + answer_ids,
-            }
         )
     losses = token_losses(model, tokenizer, features, batch_size)
     every = torch.cat(losses)

@@ -32,7 +32,7 @@ PRECISIONS = (*FLOAT_FORMATS, "int8", "nf4", "fp4")
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 # Padding needs a token that never ends an answer. These are unused in the two vocabularies.
 SPARE_PAD_TOKENS = ("<|endoftext|>", ">>SUFFIX<<")

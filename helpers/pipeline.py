@@ -338,7 +338,7 @@ def prepare(run: Run) -> Prepared:
         run.profile = profile = dataclasses.replace(profile, max_length=found.context_length)
         run.record["profile"]["max_length"] = found.context_length
     features = {
-        name: encoding.encode(split, tokenizer, profile.max_length)
+        name: encoding.encode(split, tokenizer, profile.max_length, found.context_length)
         for name, split in loaded.items()
     }
     trained = sum(
@@ -553,7 +553,7 @@ def _answer(
     processes, test = run.processes, loaded["test"]
     longest = max(
         sum(label != encoding.IGNORED for label in labels) for labels in features["test"]["labels"]
-    )
+    )  # of a chat with several answers all together: enough for its last one
     mine = range(processes.process_index, len(test), processes.num_processes)
     answered = evaluation.generate_answers(
         model,

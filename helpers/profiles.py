@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from helpers import CourseError
+from helpers import SPIN_COUNT, SPIN_VARIABLES, CourseError
 
 if TYPE_CHECKING:
     import torch  # imported where it is used, so that `--help` need not wait for it
@@ -175,9 +176,23 @@ def pick_profile(name: str | None = None, verbose: bool = True) -> Profile:
         print(f"model     {profile.model_id} on {device}")
         print(f"precision {precision}: {why_precision}")
         print(f"attention {attention}: {why_attention}")
+        if device == "cpu":
+            print(f"threads   {torch.get_num_threads()}: {threads_reason()}")
     return dataclasses.replace(
         profile, device=device, precision=precision, attn_implementation=attention
     )
+
+
+def threads_reason() -> str:
+    """Why torch computes with as many threads as it does, and how they wait for each other."""
+    if os.environ.get("GOMP_SPINCOUNT") == SPIN_COUNT:
+        return "one per core; they wait without blocking it, in case another program is busy"
+    for name in SPIN_VARIABLES:
+        if name in os.environ:
+            return f"{name}={os.environ[name]} is set and left as it is"
+    if sys.platform == "linux":
+        return "one per core; torch was imported before helpers, so another busy program costs more"
+    return "one per core"
 
 
 def pick_falcon(verbose: bool = True) -> Profile:

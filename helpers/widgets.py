@@ -20,6 +20,8 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from helpers import CourseError, data, diagnosis, encoding, memory, plotting, quantization
+from helpers.chat import ChatEncoder
+from helpers.encoding import IGNORED
 from helpers.plotting import png
 
 # JupyterLab runs a control's callback in a thread of its own; matplotlib draws one at a time.
@@ -36,7 +38,10 @@ def show(widget: ipywidgets.Widget, still: Figure | str) -> DisplayHandle:
 
 def _both(widget: ipywidgets.Widget, still: Figure | str) -> dict[str, Any]:
     form = {"text/html": still} if isinstance(still, str) else {"image/png": _base64(still)}
-    return {**widget._repr_mimebundle_(), **form, "text/plain": type(widget).__name__}
+    # Written out, since the ipywidgets 7 of Colab has no method for it.
+    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
+    live = {"application/vnd.jupyter.widget-view+json": view}
+    return {**live, **form, "text/plain": type(widget).__name__}
 
 
 def _base64(figure: Figure) -> str:
@@ -197,6 +202,7 @@ def token_explorer(
     answer: str = '{"category":"defect"}',
 ) -> Explorer:
     """Type a message and its answer: see the tokens, their ids, and which ones are trained."""
+    encoder = ChatEncoder(tokenizer)
 
     def draw(message: str, answer: str) -> Figure:
         row = {
@@ -204,14 +210,15 @@ def token_explorer(
             "completion": [{"role": "assistant", "content": answer}],
             "source": "here",
         }
-        prompt, expected = encoding.split_text(row, tokenizer)
-        texts, values = {}, {}
-        for name, text in (("prompt", prompt), ("answer", expected)):
-            values[name] = tokenizer(text, add_special_tokens=False)["input_ids"]
-            texts[name] = [tokenizer.decode([token]) for token in values[name]]
+        chat = encoding.encode_row(row, encoder)
+        first = next(i for i, label in enumerate(encoding.labels_of(chat)) if label != IGNORED)
+        texts = [tokenizer.decode([token]) for token in chat.input_ids]
         return plotting.token_ids(
-            {name: (texts[name], values[name], name == "answer") for name in texts},
-            f"{sum(map(len, texts.values()))} tokens, {len(texts['answer'])} of them are trained",
+            {
+                "prompt": (texts[:first], chat.input_ids[:first], False),
+                "answer": (texts[first:], chat.input_ids[first:], True),
+            },
+            f"{len(texts)} tokens, {len(texts) - first} of them are trained",
         )
 
     return Explorer(

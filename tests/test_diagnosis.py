@@ -1,120 +1,235 @@
-"""Tests of helpers/diagnosis.py: 200 generated curves of known kind, real curves, bad input."""
+"""Tests of helpers/diagnosis.py: simulated training with a known outcome, 21 recorded runs judged
+by hand, shapes, bad input."""
 
 import json
 import math
 from collections import Counter
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from helpers.diagnosis import diagnose
 
-KINDS = ["underfitting", "healthy", "overfitting", "diverging", "inconclusive"]
-# The thresholds of the module were chosen on seeds 10_000 and above, never on these.
-TEST_SEEDS = range(200)
+VERDICTS = ["underfitting", "healthy", "overfitting", "diverging", "inconclusive"]
+
+# -- simulated training ------------------------------------------------------------------------
+#
+# Linear and logistic regression by minibatch SGD, with noisy labels. Here the *population* loss is
+# known, exactly (linear) or from 4,000 further rows (logistic), and it alone decides what is true
+# of a run. `diagnose` sees what a practitioner sees: means of batch losses, and a validation loss
+# on 24 to 400 rows. The rule's limits were chosen on seeds 100_000 and above, never on these.
+SEEDS = range(400)
+# What is done to a task, by seed modulo eight. "frozen": a rate of zero, other rows each time.
+MODES = ["many rows", "few rows", "many rows", "few rows", "many rows", "few rows", "hot", "frozen"]
 
 
-def decay(rng, x, speed):
-    """A falling curve from 1 to 0 over x = 0..1, exponential or power law.
+class Task:
+    """Regression on Gaussian features of a power-law spectrum."""
 
-    speed "slow": the last third makes at least 14 % of the fall (the module's line: 7 %).
-    speed "fast": the last third makes at most 3 % of it.
-    """
-    if rng.random() < 0.5:
-        rate = rng.uniform(0.3, 1.5) if speed == "slow" else rng.uniform(5, 12)
-        shape, last = np.exp(-rate * x), np.exp(-rate)
-    else:
-        rate = rng.uniform(0.5, 2) if speed == "slow" else rng.uniform(60, 200)
-        power = rng.uniform(0.3, 1) if speed == "slow" else rng.uniform(0.7, 1)
-        shape, last = (1 + rate * x) ** -power, (1 + rate) ** -power
-    return (shape - last) / (1 - last)
+    def __init__(self, rng):
+        size = int(rng.integers(20, 101))
+        self.rng, self.linear = rng, rng.random() < 0.5
+        self.scale = np.arange(1, size + 1.0) ** -rng.uniform(0.2, 0.8)
+        truth = rng.normal(size=size)
+        self.truth = truth * rng.uniform(1, 4) / np.linalg.norm(self.scale * truth)
+        self.noise = rng.uniform(0.3, 1.5)
+        self.further_rows = None if self.linear else self.draw(4000)
 
+    def draw(self, rows):
+        x = self.rng.normal(size=(rows, len(self.truth))) * self.scale
+        score = x @ self.truth
+        if self.linear:
+            return x, score + self.noise * self.rng.normal(size=rows)
+        return x, (score + self.noise * self.rng.logistic(size=rows) > 0).astype(float)
 
-def make_train(rng, kind, top, gain):
-    """Training loss of tiny batches: 30 to 600 values, 5 to 25 % noise, drops at epoch borders."""
-    n = int(rng.integers(30, 601))
-    x = np.linspace(0, 1, n)
-    if kind == "underfitting":
-        loss = top - gain * (1 - decay(rng, x, "slow"))
-    elif kind == "overfitting":  # memorises: ends below 5 % of its start
-        epochs = rng.integers(3, 9)
-        stairs = np.floor(x * epochs) / epochs
-        loss = top * np.exp(-rng.uniform(4, 8) * (0.8 * stairs + 0.2 * x))
-    else:
-        loss = top - gain * (1 - decay(rng, x, "fast"))
-    if kind == "diverging":
-        # From 40 to 85 % of the run on it regains at least 60 % of its fall (the module's line:
-        # 30 %) and at least half of its lowest level, so that it stands out of the batch noise.
-        turn = rng.uniform(0.4, 0.85)
-        climb = max(rng.uniform(0.6, 2) * gain, 0.5 * (top - gain))
-        loss = loss + climb * np.clip((x - turn) / (0.9 - turn), 0, 1)
-    return 10 * np.arange(1, n + 1), loss * np.exp(rng.normal(0, rng.uniform(0.05, 0.25), n))
+    def losses(self, weights, x, y):
+        """The loss of each row: squared error, or nats."""
+        score = x @ weights
+        return (score - y) ** 2 if self.linear else np.logaddexp(0, score) - y * score
+
+    def gradient(self, weights, x, y):
+        score = x @ weights
+        error = 2 * (score - y) if self.linear else 0.5 * (1 + np.tanh(0.5 * score)) - y
+        return x.T @ error / len(y)
+
+    def population_loss(self, weights):
+        if self.linear:
+            return np.sum((self.scale * (weights - self.truth)) ** 2) + self.noise**2
+        return self.losses(weights, *self.further_rows).mean()
 
 
-def make_run(seed):
-    """Train and evals of one run, and its kind by construction."""
+def log_uniform(rng, low, high):
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+
+@cache
+def simulate(seed):
+    """Train one run. Returns the two curves and what is true of it, None between two kinds."""
     rng = np.random.default_rng(seed)
-    kind = KINDS[seed % len(KINDS)]
-    n = round(math.exp(rng.uniform(math.log(5), math.log(100))))  # 5 to 100 evaluations
-    if kind == "inconclusive" and rng.random() < 0.5:
-        n = int(rng.integers(1, 4))
-    noisy = rng.random() < 0.5
-    x = np.linspace(0, 1, n) if n > 1 else np.zeros(1)
-    floor = rng.uniform(0.05, 1.5)
-    gain = rng.uniform(0.5, 3)
-    noise = gain * (rng.uniform(0.005, 0.02) if noisy else 0.001)
-    if n < 8:
-        noise = noise / 4  # nobody tells 2 % noise from a trend in five values
+    mode, task = MODES[seed % len(MODES)], Task(rng)
+    rows = round(log_uniform(rng, 16, 80 if mode == "few rows" else 800))
+    x, y = task.draw(rows)
+    watched = task.draw(round(log_uniform(rng, 24, 400)))
+    evaluations, batch = round(log_uniform(rng, 5, 25)), min(rows, int(rng.choice([4, 8, 16])))
+    every = max(4, round(log_uniform(rng, 40, 500) / evaluations))
+    steps, log_every = evaluations * every, max(1, evaluations * every // int(rng.integers(20, 61)))
+    # Gradient descent diverges above 2 / curvature.
+    curvature = np.linalg.norm(x, 2) ** 2 / rows * (2 if task.linear else 0.25)
+    rate = log_uniform(rng, 0.002, 0.2) * 2 / curvature
+    too_high, cosine = rng.uniform(1.2, 4) * 2 / curvature, rng.random() < 0.3
+    learns = mode in ("many rows", "few rows")
+    total = steps * 4 // 3 if learns else steps  # a third more, to know what it would have brought
 
-    if kind == "underfitting":
-        loss = floor + gain * decay(rng, x, "slow")
-    else:
-        loss = floor + gain * decay(rng, x, "fast")
-    if kind == "overfitting":
-        # Rises from 20 to 60 % of the run on, by 15 to 80 % of the fall (at least 7 times the
-        # noise) and at least 10 % of the floor (the module's line: 3 %).
-        turn = rng.uniform(0.2, 0.6)
-        rise = max(rng.uniform(0.15, 0.8) * gain, 0.1 * floor)
-        loss = loss + rise * np.clip((x - turn) / (1 - turn), 0, 1) ** rng.uniform(1, 1.5)
-    if kind == "inconclusive":
-        # The noise is 15 to 40 % of the level, the trend at most half a standard deviation.
-        level = floor + gain
-        noise = level * rng.uniform(0.15, 0.4)
-        loss = level - rng.uniform(0, 0.5) * noise * x
-    loss = loss + rng.normal(0, noise, n)
-    if n >= 8 and rng.random() < 0.5:  # one evaluation far off; a high first one is no outlier
-        loss[rng.integers(1, n)] *= rng.choice([0.3, 2.0, 4.0])
+    weights, order = np.zeros(len(task.truth)), []
+    train, evals, batches, population, whole = [], [], [], [], []
+    for step in range(1, total + 1):
+        if len(order) < batch:
+            order = list(rng.permutation(rows))
+        ids, order = order[:batch], order[batch:]
+        batches.append(task.losses(weights, x[ids], y[ids]).mean())
+        now = rate * (0.5 * (1 + math.cos(math.pi * step / total)) if cosine else 1)
+        if mode == "hot":  # a warm-up that does not end
+            now = too_high * step / steps
+        if mode != "frozen":
+            weights = weights - now * task.gradient(weights, x[ids], y[ids])
+        if step % max(1, steps // 30) == 0:
+            population.append((step, task.population_loss(weights)))
+            whole.append(task.losses(weights, x, y).mean())
+        if step <= steps and step % log_every == 0:
+            train.append((step, np.mean(batches)))
+            batches = []
+        if step <= steps and step % every == 0:
+            losses = task.losses(weights, *watched)
+            evals.append(
+                (step, np.mean(rng.choice(losses, len(losses)) if mode == "frozen" else losses))
+            )
 
-    steps, train = make_train(rng, kind, floor + gain, gain)
-    if kind == "diverging" and rng.random() < 0.4:
-        broken = train if rng.random() < 0.5 else loss
-        broken[rng.integers(len(broken) // 2, len(broken)) :] = rng.choice([np.nan, np.inf])
-    eval_steps = np.linspace(steps[-1] / n, steps[-1], n).astype(int)
-    loss = np.maximum(loss, 1e-3)
-    return list(zip(steps, train, strict=True)), list(zip(eval_steps, loss, strict=True)), kind
+    if mode == "frozen":
+        return train, evals, "inconclusive"
+    if mode == "hot":
+        return train, evals, "diverging" if np.mean(whole[-3:]) > 2 * min(whole) else None
+    first = task.population_loss(np.zeros(len(task.truth)))
+    return train, evals, outcome(first, population, steps)
+
+
+def outcome(first, population, steps):
+    """What the population loss says: a tenth above its lowest; still to fall by a twentieth; or
+    within two percent of its lowest and of what follows. None in between."""
+    loss = np.convolve([value for _, value in population], np.ones(3) / 3, "valid")
+    end = sum(step <= steps for step, _ in population) - 3
+    low = loss[: end + 1].min()
+    if loss[end] > 1.10 * low and np.argmin(loss[: end + 1]) < 0.8 * end:
+        return "overfitting"
+    if loss[end] > 1.02 * low:
+        return None
+    if loss[-1] < 0.95 * loss[end]:
+        return "underfitting"
+    return "healthy" if abs(loss[-1] / loss[end] - 1) < 0.02 and low < 0.8 * first else None
 
 
 def table(counts):
-    lines = [" " * 14 + "".join(f"{verdict:>14}" for verdict in KINDS)]
-    for kind in KINDS:
-        lines.append(f"{kind:>14}" + "".join(f"{counts[kind, v]:14}" for v in KINDS))
+    lines = [" " * 14 + "".join(f"{verdict:>14}" for verdict in VERDICTS)]
+    for kind in VERDICTS:
+        lines.append(f"{kind:>14}" + "".join(f"{counts[kind, v]:14}" for v in VERDICTS))
     return "\n".join(lines)
 
 
-def test_agrees_with_the_kind_of_200_generated_runs():
-    counts, high = Counter(), Counter()
-    for seed in TEST_SEEDS:
-        train, evals, kind = make_run(seed)
-        found = diagnose(train, evals)
-        counts[kind, found.verdict] += 1
-        high[found.verdict == kind] += found.confidence == "high"
-    right = {kind: counts[kind, kind] for kind in KINDS}
-    each = len(TEST_SEEDS) / len(KINDS)
-    assert sum(right.values()) >= 0.95 * len(TEST_SEEDS), "\n" + table(counts)
-    assert min(right.values()) >= 0.90 * each, "\n" + table(counts)
-    # "high" has to mean something: nearly always right, and said of a fair part of all runs.
-    assert high[True] >= 0.3 * len(TEST_SEEDS)
-    assert high[False] <= 0.02 * high[True]
+@cache
+def judged():
+    """(truth, diagnosis) of every simulated run of which something is true."""
+    runs = [simulate(seed) for seed in SEEDS]
+    return [(truth, diagnose(train, evals)) for train, evals, truth in runs if truth]
+
+
+def test_simulated_runs_are_judged_by_what_is_true_of_them():
+    counts = Counter((truth, found.verdict) for truth, found in judged())
+    for kind in VERDICTS:
+        total = sum(counts[kind, verdict] for verdict in VERDICTS)
+        assert total >= 15, "\n" + table(counts)
+        assert counts[kind, kind] >= 0.75 * total, "\n" + table(counts)
+        # Worse than a hit or "inconclusive": a verdict that sends the reader the wrong way.
+        wrong = total - counts[kind, kind] - counts[kind, "inconclusive"] * (kind != "inconclusive")
+        assert wrong <= 0.2 * total, "\n" + table(counts)
+    assert counts["overfitting", "underfitting"] == counts["underfitting", "overfitting"] == 0
+    assert sum(counts[kind, kind] for kind in VERDICTS) >= 0.85 * sum(counts.values())
+
+
+def test_confidence_means_something():
+    said = [found for _, found in judged() if found.verdict != "inconclusive"]
+    right = {
+        level: [
+            truth == found.verdict
+            for truth, found in judged()
+            if found.confidence == level and found.verdict != "inconclusive"
+        ]
+        for level in ("low", "medium", "high")
+    }
+    assert np.mean(right["high"]) >= 0.92
+    assert np.mean(right["high"]) > np.mean(right["medium"] + right["low"])
+    assert len(right["high"]) >= 0.5 * len(said)
+
+
+def test_high_confidence_is_within_reach_of_six_evaluations():
+    """As many as the command makes."""
+    assert diagnose(falling_to(0.01), curve([1.2, 0.6, 0.4, 0.55, 0.7, 0.85])).confidence == "high"
+    assert diagnose(falling_to(0.3), curve([2.0, 1.7, 1.45, 1.23, 1.05, 0.9])).confidence == "high"
+    assert diagnose(falling_to(0.05), curve([1.2, 0.6, 0.5, 0.5, 0.5, 0.5])).confidence == "high"
+
+
+# -- recorded runs -----------------------------------------------------------------------------
+#
+# The runs of data/curves.jsonl, judged by hand from the curves and from the bootstrap of the 24
+# rows' losses (as notebook 07 does it): what a practitioner would say, what else can be defended,
+# and why. The rule was revised with these runs in sight; the simulated ones are the fair test.
+# "rise" is from the lowest evaluation to the last, with a 95 % interval over rows; "thirds" the
+# change from evaluations 3 to 5 to evaluations 6 to 8.
+EIGHT_ROWS = "eight rows, training loss below 0.002; validation turns at step 10 or 15 and stays up"
+RECORDED = [
+    *[
+        (name, seed, "overfitting", (), EIGHT_ROWS)
+        for name in ("baseline", "weight decay 0.1", "dropout 0.2", "learning rate 3e-4")
+        for seed in (0, 1, 2)
+    ],
+    ("rank 2", 0, "inconclusive", ("overfitting",), "flat from step 20 on, one jump at the end"),
+    ("rank 2", 1, "overfitting", (), "0.425 to 0.52, rise 0.03 to 0.16"),
+    ("rank 2", 2, "overfitting", ("healthy",), "a small, steady rise, 0.01 to 0.10"),
+    ("32 rows", 0, "healthy", (), "0.22 to 0.25 from step 20 on; rise -0.03 to 0.04"),
+    ("32 rows", 1, "healthy", ("inconclusive",), "0.23 to 0.30 and back; rise -0.01 to 0.14"),
+    ("32 rows", 2, "healthy", ("inconclusive", "overfitting"), "level but for one low evaluation"),
+    ("155 rows", 0, "underfitting", ("inconclusive",), "thirds -0.07 to -0.02, lowest at the end"),
+    ("155 rows", 1, "healthy", ("underfitting",), "the last three evaluations are level"),
+    ("155 rows", 2, "underfitting", ("healthy", "inconclusive"), "thirds -0.08 to 0, one epoch"),
+]
+
+
+@cache
+def recorded():
+    path = Path(__file__).parents[1] / "data" / "curves.jsonl"
+    runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(run["name"], run["seed"]): run for run in runs}
+
+
+def test_all_recorded_runs_are_judged_by_hand():
+    assert {(name, seed) for name, seed, *_ in RECORDED} == set(recorded())
+
+
+@pytest.mark.parametrize(("name", "seed", "verdict", "defensible", "why"), RECORDED)
+def test_recorded_runs_get_a_verdict_that_can_be_defended(name, seed, verdict, defensible, why):
+    run = recorded()[name, seed]
+    found = diagnose(run["train"], run["eval"])
+    assert found.verdict in (verdict, *defensible), why
+    assert found.best_step == min(run["eval"], key=lambda pair: pair[1])[0]
+
+
+def test_nearly_all_recorded_runs_get_the_verdict_given_by_hand():
+    runs = [(recorded()[name, seed], verdict) for name, seed, verdict, _, _ in RECORDED]
+    hits = sum(diagnose(run["train"], run["eval"]).verdict == verdict for run, verdict in runs)
+    assert hits >= 19  # of 21: two of the three with 32 rows are read otherwise
+
+
+# -- shapes ------------------------------------------------------------------------------------
 
 
 def curve(losses, every=100):
@@ -189,18 +304,17 @@ def test_stairs_at_epoch_borders_are_not_divergence():
     assert diagnose(curve(stairs, every=10), curve(FLAT)).verdict == "healthy"
 
 
-@pytest.mark.parametrize("where", range(1, 20))
-@pytest.mark.parametrize("factor", [0.2, 5])
-def test_one_evaluation_far_off_changes_nothing(where, factor):
+@pytest.mark.parametrize("where", range(1, 19))
+def test_one_evaluation_far_above_its_neighbours_changes_nothing(where):
     flat = 0.3 + 0.7 * np.exp(-np.arange(20) / 2.5)
     turned = flat + 0.02 * np.maximum(np.arange(20) - 8, 0)
     for losses, verdict in ((flat, "healthy"), (turned, "overfitting")):
-        losses[where] *= factor
+        without = diagnose(falling_to(0.05), curve(losses))
+        losses[where] *= 5
         found = diagnose(falling_to(0.05), curve(losses))
-        assert found.verdict == verdict
-        if where >= 5:  # in its steep beginning a curve bends more than any neighbours tell
-            assert found.best_step != 100 * (where + 1)
-            assert found.explanation.endswith("Set aside as far off the others: 1.")
+        assert found.verdict == without.verdict == verdict
+        assert "1 far above its neighbours set aside" in found.explanation
+        assert "set aside" not in without.explanation
 
 
 def test_a_single_high_last_evaluation_is_not_overfitting():
@@ -233,7 +347,7 @@ def test_a_run_that_blows_up_at_once_is_diverging_though_it_comes_down_again():
     losses = [3.3, 8.4, 33.8, 27.9, 21.6, 30.3, 52.0, 15.9, 15.1, 15.5, 14.7, 12.3, 10.1, 11.9]
     found = diagnose(curve([*losses, 9.2, 10.4, 9.2, 9.8, 8.4, 6.8]), curve([6.9]))
     assert found.verdict == "diverging"
-    assert "began at 3.3 and ended at 6.8" in found.explanation
+    assert "began at 3.3" in found.explanation and "ended at 6.8" in found.explanation
     recovered = curve([*losses, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0])
     assert diagnose(recovered, curve(FLAT)).verdict != "diverging"
 
@@ -242,9 +356,11 @@ def test_a_rise_from_exactly_zero_is_diverging():
     assert diagnose(curve([0.0] * 20 + [1.0] * 20), []).verdict == "diverging"
 
 
-def test_a_hardly_moving_loss_that_falls_steadily_is_underfitting():
+def test_losses_that_hardly_move_are_inconclusive_and_say_what_to_check():
     tiny = curve(np.linspace(5.46, 5.45, 20))  # seen with a learning rate far too low
-    assert diagnose(tiny, tiny).verdict == "underfitting"
+    found = diagnose(tiny, tiny)
+    assert found.verdict == "inconclusive"
+    assert "Check the learning rate" in found.explanation
 
 
 def test_noise_larger_than_the_trend_is_inconclusive():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.trainer_utils import get_last_checkpoint
 
 from helpers import CourseError, data, encoding, models, training
 from helpers.profiles import PROFILES
@@ -65,7 +66,7 @@ def test_the_loss_falls_and_the_curves_show_it(tmp_path: Path) -> None:
     assert eval_curve[-1][1] < eval_curve[0][1] < math.log(len(tokenizer)) * 1.1
     assert train_curve[-1][1] < train_curve[0][1]
     assert timer.steps == steps and timer.seconds > 0
-    assert training.last_checkpoint(tmp_path)
+    assert get_last_checkpoint(str(tmp_path))
 
 
 def test_no_rows_is_a_clear_error(tmp_path: Path) -> None:

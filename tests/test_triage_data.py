@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from helpers import data, encoding
 from helpers.profiles import Profile
+from helpers.rows import check_splits
 
 Row = dict[str, Any]
 
@@ -142,15 +143,15 @@ def test_no_opening_is_a_template() -> None:
 def test_load_triage_gives_the_splits_with_the_columns_of_its_docstring() -> None:
     splits = data.load_triage()
     assert isinstance(splits, DatasetDict)
-    assert {name: len(rows) for name, rows in splits.items()} == SIZES
-    for name, rows in splits.items():
-        assert rows.column_names == [*COLUMNS, "prompt", "completion", "source"]
-        assert rows.select_columns(COLUMNS).to_list() == SPLITS[name]
+    assert {name: len(split) for name, split in splits.items()} == SIZES
+    for name, split in splits.items():
+        assert split.column_names == [*COLUMNS, "prompt", "completion", "source"]
+        assert split.select_columns(COLUMNS).to_list() == SPLITS[name]
     first = splits["test"][0]
     assert first["prompt"] == data.triage_prompt(first["message"])
     assert first["completion"] == [{"role": "assistant", "content": data.ticket_json(first)}]
     assert first["source"] == "test.jsonl:1"
-    rows.check_splits(**splits)
+    check_splits(**splits)
 
 
 def test_ticket_json_is_compact_stable_and_keeps_letters() -> None:

@@ -33,7 +33,7 @@ def _count(messages: Chat) -> int:
 def few_shot(
     system: str, examples: Pairs, message: str, count: Callable[[Chat], int], budget: int
 ) -> Chat:
-    """The wanted function: as many examples from the front as the budget of tokens allows."""
+    """The reference solution: as many examples from the front as the budget of tokens allows."""
     prompt = [{"role": "system", "content": system}, {"role": "user", "content": message}]
     for asked, answered in examples:
         turn = [
@@ -82,16 +82,16 @@ def _changes_its_input(f: Callable[..., Chat]) -> bool:
     return given != EXAMPLES
 
 
-def _share(answer: Any) -> float:
-    """The share in an answer: 2/3, "2/3", "67 %", 0.667 or 66.7."""
+def _fraction(answer: Any) -> float:
+    """The fraction in an answer: 2/3, "2/3", "67 %", 0.667 or 66.7."""
     if isinstance(answer, str) and "/" in answer:
         return float(Fraction(answer.replace(" ", "")))
     value = number(answer)
     return value / 100 if value > 1 else value
 
 
-def _is_share(answer: Any, wanted: float, tolerance: float = 0.008) -> bool:
-    return abs(_share(answer) - wanted) <= tolerance
+def _is_fraction(answer: Any, expected: float, tolerance: float = 0.008) -> bool:
+    return abs(_fraction(answer) - expected) <= tolerance
 
 
 def _chosen(answer: dict[str, str], letter: str) -> str:
@@ -119,7 +119,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, REQUESTS * (PREFIX + SHOT + MESSAGE), 0),
-                "How many examples stand in the prompt?",
+                "How many examples are in the prompt?",
             ),
             (
                 lambda answer: close(answer, REQUESTS * SHOTS * SHOT, 0),
@@ -135,36 +135,36 @@ EXERCISES = {
     ),
     "01.2": Exercise(
         task=(
-            "For each weight and token the forward pass costs one multiplication. The backward "
+            "For each parameter and token the forward pass costs one multiplication. The backward "
             "pass costs one for the gradient that is handed down to the layer below, and one for "
-            "the gradient of the weight itself. LoRA freezes the weights; neglect its own small "
-            "matrices. Which share of the multiplications of full fine-tuning is left? Set "
-            "share_left."
+            "the gradient of the parameter itself. LoRA freezes the parameters; neglect its own "
+            "small matrices. What fraction of the multiplications of full fine-tuning is left? "
+            "Set fraction_left."
         ),
-        right=lambda answer: _is_share(answer, 2 / 3),
-        praise="Two of three are left, however few weights learn. Section 10 counts nearly that.",
+        right=lambda answer: _is_fraction(answer, 2 / 3),
+        praise="Two of three are left, however few are trained. Section 10 counts nearly that.",
         hints=[
             (
-                lambda answer: _is_share(answer, 0.036, 0.004),
-                "That is the share of weights that learn. Does a frozen weight take no part in "
-                "the forward pass?",
+                lambda answer: _is_fraction(answer, 0.036, 0.004),
+                "That is the fraction of parameters that are trained. Does a frozen parameter take "
+                "no part in the forward pass?",
             ),
             (
-                lambda answer: _is_share(answer, 1 / 3),
+                lambda answer: _is_fraction(answer, 1 / 3),
                 "That is the forward pass alone. There are adapters in the lowest layer too: how "
                 "does the error get down to them?",
             ),
             (
-                lambda answer: _is_share(answer, 1 / 2),
-                "That takes forward and backward for equally costly. Count the products again: "
+                lambda answer: _is_fraction(answer, 1 / 2),
+                "That takes forward and backward to cost the same. Count the products again: "
                 "how many in each, and which one goes?",
             ),
             (
-                lambda answer: _is_share(answer, 1.0),
-                "Which of the three products is of no use for a weight that will not change?",
+                lambda answer: _is_fraction(answer, 1.0),
+                "Which of the three products is of no use for a parameter that will not change?",
             ),
         ],
-        otherwise="Write the three products down. Which can be left out if a weight is frozen?",
+        otherwise="Write the three products down. Which can be left out if a parameter is frozen?",
     ),
     "01.3": Exercise(
         task=(
@@ -204,7 +204,7 @@ EXERCISES = {
             "may be used.\n"
             "(c) 3,000 labelled mails, a 7B model, one GPU of 16 GB.\n"
             "(d) A million labelled rows on a new kind of task, a 1B model, eight GPUs of 80 GB. "
-            "LoRA was tried at several ranks and stays behind.\n"
+            "LoRA was tried at several ranks and falls short.\n"
             "(e) Protein sequences: no language model reads that alphabet. There are billions of "
             "them, and a cluster."
         ),
@@ -229,13 +229,13 @@ EXERCISES = {
             ),
             (
                 lambda answer: _chosen(answer, "c") == "full",
-                "(c): 7 billion weights in 16 bits are 14 GB. Where do gradients and the "
-                "optimizer's two numbers for each weight go?",
+                "(c): 7 billion parameters in 16 bits are 14 GB. Where do gradients and the "
+                "optimizer's two numbers for each parameter go?",
             ),
             (
                 lambda answer: _chosen(answer, "c") == "lora",
-                "(c): 7 billion frozen weights in 16 bits are 14 GB already. What is left for the "
-                "activations, and how could the frozen weights be made smaller?",
+                "(c): 7 billion frozen parameters in 16 bits are 14 GB already. What is left for "
+                "the activations, and how could the frozen part be made smaller?",
             ),
             (
                 lambda answer: _chosen(answer, "d") in ("lora", "qlora"),

@@ -98,16 +98,16 @@ EXERCISES = {
         "to its longest row. How many padding tokens are saved if the rows are grouped by length "
         "instead of taken as they come? Set answer to the number.",
         right=lambda answer: close(answer, 130, absolute=0.01, relative=0),
-        praise="145 padding tokens become 15. Real data saves as much wherever lengths differ a "
-        "lot; where all rows are alike there is nothing to group.",
+        praise="145 padding tokens become 15. Grouping saves much where lengths differ a lot; "
+        "where all rows are equally long there is nothing to save.",
         hints=(
             (
                 lambda answer: close(answer, 145),
-                "So many are there as they come. How many are left after grouping?",
+                "That is the padding as the rows come. How much of it is left after grouping?",
             ),
             (
                 lambda answer: close(answer, 15),
-                "So many are left after grouping. How many were there before?",
+                "That is what is left after grouping. How many were there before?",
             ),
             (
                 lambda answer: close(answer, 150) or close(answer, 165),
@@ -138,8 +138,8 @@ EXERCISES = {
         hints=(
             (
                 lambda f: len(_labels(f, ON_THE_LEFT)) != 10,
-                "input_ids and labels must be equally long, token for token. What of the places "
-                "that are not learned?",
+                "input_ids and labels must be equally long, token for token. A token that is not "
+                "learned needs a label, too.",
             ),
             (
                 lambda f: _labels(f, ON_THE_LEFT) == [-100] * 7 + [4, 7, -100],
@@ -175,7 +175,7 @@ EXERCISES = {
                     and _labels(f, ON_THE_RIGHT) == [-100] * 3 + [4, 7, 2, 2, 2, 2]
                 ),
                 "Right for padding on the left. Padded on the right, your labels teach the model "
-                "to write eos after eos. Who says which of them is real?",
+                "to write eos after eos. What tells you which of them is real?",
             ),
             (
                 lambda f: (
@@ -192,8 +192,8 @@ EXERCISES = {
         task="Write shorten(before, message, after, answer, max_length): five arguments, the "
         "first four lists of ids that make up a row in this order (before: system message and "
         "the opening of the user's turn; after: its end and the generation prompt). Return the "
-        "ids of the row with as little as possible taken from the end of the message, so that "
-        "max_length is kept. Everything but the message fits.",
+        "row's ids, at most max_length of them: take as few as possible from the end of the "
+        "message, and nothing else. Without the message the row fits.",
         right=_right_shorten,
         trial=lambda function: _call(function, 15),
         praise="The answer, its eos and every marker of the template survive; only the customer "
@@ -219,8 +219,8 @@ EXERCISES = {
             ),
             (
                 lambda f: _shortened(f, 15) == _row(MESSAGE[:3]) and len(_shortened(f, 12)) > 12,
-                "Good, but for one case: with max_length 12 there is no room for the message at "
-                "all. What does your slice give then?",
+                "Good, except for one case: with max_length 12 there is no room for the message "
+                "at all. What does your slice give then?",
             ),
             (
                 lambda f: (

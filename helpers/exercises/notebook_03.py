@@ -21,8 +21,8 @@ def _byte(answer: Any) -> float:
     return number(answer)
 
 
-def _times(answer: Any, wanted: float) -> bool:
-    return close(answer, wanted, 0.01)
+def _times(answer: Any, reference: float) -> bool:
+    return close(answer, reference, 0.01)
 
 
 def _on_the_grid() -> torch.Tensor:
@@ -55,22 +55,22 @@ def _absmax(matrix: torch.Tensor) -> torch.Tensor:
     return (torch.round(blocks / scale) * scale).reshape(matrix.shape)
 
 
-def _far(got: Any, wanted: torch.Tensor) -> float:
-    """The largest difference, or infinity for what is no tensor of the same number of weights."""
+def _distance(got: Any, expected: torch.Tensor) -> float:
+    """The largest difference, or infinity if the number of weights is another."""
     got = torch.as_tensor(got)
-    if got.numel() != wanted.numel():
+    if got.numel() != expected.numel():
         return float("inf")
-    return (got.reshape(wanted.shape).double() - wanted.double()).abs().max().item()
+    return (got.reshape(expected.shape).double() - expected.double()).abs().max().item()
 
 
-def _is(rounding: Rounding, wanted: torch.Tensor, given: torch.Tensor) -> bool:
-    return _far(rounding(given.clone()), wanted) < 1e-4
+def _gives(rounding: Rounding, expected: torch.Tensor, given: torch.Tensor) -> bool:
+    return _distance(rounding(given.clone()), expected) < 1e-4
 
 
 def _right_grid(rounding: Rounding) -> bool:
     for given in (_on_the_grid(), _off_the_grid()):
         got = rounding(given.clone())
-        if tuple(got.shape) != tuple(given.shape) or _far(got, _grid(given)) > 1e-4:
+        if tuple(got.shape) != tuple(given.shape) or _distance(got, _grid(given)) > 1e-4:
             return False
     return True
 
@@ -83,7 +83,7 @@ def _codes(rounding: Rounding) -> bool:
 def _offset_is_lost(rounding: Rounding) -> bool:
     given = _off_the_grid()
     least = given.reshape(-1, BLOCK).amin(dim=1, keepdim=True).expand(-1, BLOCK)
-    return _is(rounding, _grid(given) - least.reshape(given.shape), given)
+    return _gives(rounding, _grid(given) - least.reshape(given.shape), given)
 
 
 def _sixteen_steps(rounding: Rounding) -> bool:
@@ -146,7 +146,7 @@ EXERCISES = {
         hints=[
             (
                 lambda answer: close(answer, 4, 0),
-                "That is the code alone. Who pays for the two numbers of the block?",
+                "That is the code alone. Which part of the two numbers of the block comes on top?",
             ),
             (
                 lambda answer: close(answer, 4.5, 0),
@@ -162,7 +162,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, 6, 0),
-                "Right with numbers of 32 bits, as in bitsandbytes. Here they have 16.",
+                "Right for 32-bit numbers, such as the scales of bitsandbytes. Here they have 16.",
             ),
             (lambda answer: close(answer, 0.625, 0), "That is bytes. How many bits are in one?"),
         ],
@@ -170,46 +170,49 @@ EXERCISES = {
     ),
     "03.3": Exercise(
         task=(
-            "10 billion weights, 5 % of them stay in bf16, the rest is NF4 with double "
-            "quantization. Set times_less to the memory in fp32 divided by the memory now."
+            "10 billion parameters, 5 % of them stay in bf16, the others become NF4 with double "
+            "quantization. Set times_less to the memory with all in bf16, divided by the memory "
+            "now."
         ),
-        right=lambda answer: _times(answer, 32 / (0.05 * 16 + 0.95 * 4.127)),
-        praise="4.72 bits per weight on average, against 32.",
+        right=lambda answer: _times(answer, 16 / (0.05 * 16 + 0.95 * 4.127)),
+        praise="4.72 bits per parameter on average, against 16.",
         hints=[
             (
-                lambda answer: _times(answer, 8),
-                "That is 32 / 4. Two things besides the codes take memory here.",
+                lambda answer: _times(answer, 4),
+                "That is 16 / 4. Two things besides the codes take memory here.",
             ),
             (
-                lambda answer: _times(answer, 32 / 4.127),
-                "Right for the quantized part. And the 5 % that are not?",
+                lambda answer: _times(answer, 16 / 4.127),
+                "Right for the quantized part. What about the 5 % that are not quantized?",
             ),
             (
-                lambda answer: _times(answer, 32 / (0.05 * 16 + 0.95 * 4)),
+                lambda answer: _times(answer, 16 / (0.05 * 16 + 0.95 * 4)),
                 "Nearly. The codes take 4 bits; what do their scales take?",
             ),
             (
-                lambda answer: _times(answer, 32 / (0.05 * 16 + 0.95 * 4.5)),
+                lambda answer: _times(answer, 16 / (0.05 * 16 + 0.95 * 4.5)),
                 "Nearly. That is without double quantization.",
             ),
             (
-                lambda answer: _times(answer, 32 / (0.05 * 32 + 0.95 * 4.127)),
-                "The embedding is in bf16 now. How many bits is that?",
+                lambda answer: _times(answer, 16 / (0.05 * 32 + 0.95 * 4.127)),
+                "The embedding stays in bf16. How many bits is that?",
             ),
             (
-                lambda answer: _times(answer, 16 / (0.05 * 16 + 0.95 * 4.127)),
-                "That compares with bf16. The question is against fp32.",
+                lambda answer: _times(answer, 32 / (0.05 * 16 + 0.95 * 4.127)),
+                "That compares with fp32. The question is against bf16.",
             ),
             (
-                lambda answer: _times(answer, (0.05 * 16 + 0.95 * 4.127) / 32),
+                lambda answer: _times(answer, (0.05 * 16 + 0.95 * 4.127) / 16),
                 "Turn it round: how many times does the new model fit into the old one?",
             ),
             (
-                lambda answer: _times(answer, 0.05 * 2 + 0.95 * 32 / 4.127),
+                lambda answer: _times(answer, 0.05 + 0.95 * 16 / 4.127),
                 "Bits may be averaged, ratios may not. Average the bits, then divide.",
             ),
         ],
-        otherwise="How many bits does a weight take on average? 5 % have 16, the others 4.127.",
+        otherwise=(
+            "How many bits does a parameter take on average? 5 % have 16, the others 4.127."
+        ),
     ),
     "03.4": Exercise(
         task=(
@@ -221,25 +224,25 @@ EXERCISES = {
         praise="On weights that lie on this grid already it loses nothing. Try the real ones.",
         hints=[
             (
-                lambda f: _far(f(_off_the_grid()), _off_the_grid()) < 1e-6,
+                lambda f: _distance(f(_off_the_grid()), _off_the_grid()) < 1e-6,
                 "The weights come back unchanged. On other weights that cannot be right.",
             ),
             (_codes, "You return the codes. What turns a code back into a weight?"),
             (
                 _offset_is_lost,
-                "Your blocks all start at zero. You took the smallest weight away: put it back.",
+                "Your blocks all start at zero. You subtracted the smallest weight: add it again.",
             ),
             (
-                lambda f: _is(f, _absmax(_off_the_grid()), _off_the_grid()),
+                lambda f: _gives(f, _absmax(_off_the_grid()), _off_the_grid()),
                 "That is absmax: even around zero. This grid goes from the smallest to the "
                 "largest weight, wherever those are.",
             ),
             (
-                lambda f: _is(f, _grid(_off_the_grid(), 512), _off_the_grid()),
-                "One grid for the whole matrix. What did blocks cure in section 3?",
+                lambda f: _gives(f, _grid(_off_the_grid(), 512), _off_the_grid()),
+                "One grid for the whole matrix. Which harm did blocks prevent in section 3?",
             ),
             (
-                lambda f: _is(f, _grid(_off_the_grid(), 64), _off_the_grid()),
+                lambda f: _gives(f, _grid(_off_the_grid(), 64), _off_the_grid()),
                 "You have one grid per row of this matrix. A block is 32 weights.",
             ),
             (
@@ -251,7 +254,7 @@ EXERCISES = {
                 "Every weight is rounded down. The nearest value may be the one above.",
             ),
             (
-                lambda f: _is(
+                lambda f: _gives(
                     lambda m: f(m).reshape(m.shape), _grid(_off_the_grid()), _off_the_grid()
                 ),
                 "The values are right. The shape must be the one that came in.",

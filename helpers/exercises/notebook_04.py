@@ -12,6 +12,8 @@ import torch
 from helpers.exercises import Exercise, close, number, says
 
 D_OUT, D_IN, RANK, ALPHA = 6, 5, 2, 8.0
+# Validation losses of 04.4: to reach; about that at 2e-3; about that of the base model.
+REACHED, AT_2E_3, UNTRAINED = 0.45, 0.51, 3.2
 
 
 def _pair(answer: Any) -> tuple[float, float]:
@@ -41,8 +43,8 @@ def _equals(function: Callable[..., Any], scale: float, keep_weight: float = 1.0
     """True if a function gives keep_weight * W + scale * B A."""
     weight, a, b = _inputs()
     got = torch.as_tensor(function(weight.clone(), a, b, ALPHA)).detach()
-    wanted = keep_weight * weight + scale * (b @ a)
-    return got.shape == wanted.shape and torch.allclose(got, wanted, atol=1e-5)
+    expected = keep_weight * weight + scale * (b @ a)
+    return got.shape == expected.shape and torch.allclose(got, expected, atol=1e-5)
 
 
 def _changes_its_input(function: Callable[..., Any]) -> bool:
@@ -55,7 +57,7 @@ def _changes_its_input(function: Callable[..., Any]) -> bool:
 EXERCISES = {
     "04.1": Exercise(
         task=(
-            "How many weights has an adapter with r = 8 on q_proj (576 -> 576) and v_proj "
+            "How many parameters has an adapter with r = 8 on q_proj (576 -> 576) and v_proj "
             "(576 -> 192) of all 30 blocks? Set answer_1 to the number."
         ),
         right=lambda answer: close(answer, 460_800, 0),
@@ -67,7 +69,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, 552_960, 0),
-                "You took v_proj for as large as q_proj. How many outputs has it?",
+                "You took v_proj to be as large as q_proj. How many outputs has it?",
             ),
             (
                 lambda answer: close(answer, 276_480, 0) or close(answer, 184_320, 0),
@@ -76,7 +78,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, 13_271_040, 0),
-                "That is all the weights of these layers. An adapter is two thin matrices.",
+                "These are the layers' own parameters. An adapter is two thin matrices.",
             ),
             (
                 lambda answer: close(answer, 106_168_320, 0),
@@ -88,15 +90,15 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, 16, 0) or close(answer, 480, 0),
-                "r is a rank, not a number of weights. What shapes have A and B?",
+                "r is a rank, not a number of parameters. What shapes have A and B?",
             ),
         ],
         otherwise="One layer first: A is r x d_in, B is d_out x r. Then both, then 30 blocks.",
     ),
     "04.2": Exercise(
         task=(
-            "Somebody sets r=64 and lora_alpha=16. By which scale is the update multiplied, and "
-            "by which with use_rslora=True? Set answer_2 to the two numbers, in this order."
+            "Somebody sets r=64 and lora_alpha=16. By what is the update multiplied, and by "
+            "what with use_rslora=True? Set answer_2 to the two numbers, in this order."
         ),
         right=lambda answer: _pair_is(answer, 0.25, 2),
         praise="Eight times apart: one argument changes the size of the whole update.",
@@ -115,7 +117,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: _pair_is(answer, 0.25, 0.25),
-                "The first is right. In the second the divisor changes: see section 7.",
+                "The first is right. In the second the divisor changes: see section 6.",
             ),
             (
                 lambda answer: _pair_is(answer, 0.25, 0.5),
@@ -140,7 +142,7 @@ EXERCISES = {
         hints=[
             (
                 lambda answer: says(answer, "B", "only B", "B alone", "lora_B"),
-                "So it was with a random A. B's gradient is a product: is A one of the factors?",
+                "That holds for a random A. B's gradient is a product: is A one of the factors?",
             ),
             (
                 lambda answer: says(answer, "A", "only A", "A alone", "lora_A"),
@@ -155,30 +157,41 @@ EXERCISES = {
     ),
     "04.4": Exercise(
         task=(
-            "From which rank on has LoRA as many weights as a 576 x 576 matrix itself? Set "
-            "answer_4 to the rank."
+            "Find a learning rate at which q and v alone reach a validation loss below 0.45 in ten "
+            "steps. Set answer_4 to q_and_v_loss of that rate."
         ),
-        right=lambda answer: close(answer, 288, 0),
-        praise="Half the width, for a square matrix. At r = 16 there is a factor of 18 to spare.",
+        right=lambda answer: not callable(answer) and 0.1 < number(answer) < REACHED,
+        praise=(
+            "Fewer layers want larger steps: at one learning rate, a comparison of target modules "
+            "is a comparison of step sizes as well."
+        ),
         hints=[
             (
-                lambda answer: close(answer, 576, 0),
-                "At r = 576, A alone has as many weights as the matrix. And B comes on top.",
+                lambda answer: math.isnan(number(answer)),
+                "The training diverged: the loss is no number. A lower rate?",
             ),
             (
-                lambda answer: close(answer, 331_776, 0),
-                "That is how many weights the matrix has. How many does each unit of r add?",
+                lambda answer: 0 < number(answer) <= 0.1,
+                "That looks like a learning rate. The answer is the loss: q_and_v_loss(rate).",
             ),
             (
-                lambda answer: close(answer, 1152, 0),
-                "That is how many weights each unit of r adds. How often does it fit in?",
+                lambda answer: REACHED <= number(answer) < AT_2E_3,
+                "Better than at 2e-3. In which direction did you go? Go further.",
             ),
             (
-                lambda answer: close(answer, 24, 0),
-                "There is no square root in it: LoRA's weights grow in a straight line with r.",
+                lambda answer: number(answer) >= UNTRAINED,
+                "No better than before training: the steps were far too large or far too small.",
+            ),
+            (
+                lambda answer: number(answer) >= AT_2E_3,
+                "No better than at 2e-3. Section 12 says what fewer layers may want.",
+            ),
+            (
+                callable,
+                "Call the function with a learning rate: q_and_v_loss(rate).",
             ),
         ],
-        otherwise="Set r x (d_in + d_out) equal to d_in x d_out, and solve for r.",
+        otherwise="The answer is a loss, a positive number: q_and_v_loss(rate).",
     ),
     "04.5": Exercise(
         task=(
@@ -198,7 +211,7 @@ EXERCISES = {
             ),
             (
                 lambda f: _equals(f, ALPHA),
-                "You scale by alpha alone: see section 7.",
+                "You scale by alpha alone: see section 6.",
             ),
             (
                 lambda f: _equals(f, ALPHA / math.sqrt(RANK)),

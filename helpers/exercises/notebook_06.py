@@ -42,12 +42,12 @@ SECRETS = {
 }
 
 
-def _picks(curves: dict[str, list[list[float]]], wanted: str) -> Callable[[Any], bool]:
-    return lambda function: str(function(copy.deepcopy(curves))) == wanted
+def _picks(curves: dict[str, list[list[float]]], expected: str) -> Callable[[Any], bool]:
+    return lambda function: str(function(copy.deepcopy(curves))) == expected
 
 
 def _is_best_run(function: Callable[..., Any]) -> bool:
-    return all(holds(_picks(curves, wanted), function) for curves, wanted in BEST_RUN)
+    return all(holds(_picks(curves, expected), function) for curves, expected in BEST_RUN)
 
 
 def _filtered(function: Callable[..., Any]) -> dict[str, Any]:
@@ -80,15 +80,15 @@ EXERCISES = {
             ),
             (
                 lambda answer: any(close(answer, n, 0, 0.01) for n in (20, 21)),
-                "You counted what training logs. What else draws a curve in this notebook?",
+                "You counted the training losses. What else is logged in this notebook?",
             ),
             (
                 lambda answer: any(close(answer, n, 0, 0.01) for n in (100, 105, 106, 120)),
-                "Does every step log something? Look at what logging_steps means.",
+                "Not every step logs something: logging_steps=5 means every fifth.",
             ),
             (
                 lambda answer: any(close(answer, n, 0, 0.01) for n in (5, 6)),
-                "That is what the evaluations log. The training loss is logged as well.",
+                "You counted the validation losses. The training loss is logged as well.",
             ),
         ],
         otherwise="Count three things: training losses, validation losses, and what comes at the "
@@ -131,7 +131,7 @@ EXERCISES = {
             ),
             (
                 lambda f: holds(_picks(ROSE_AGAIN, "a"), f),
-                "A run that was low once and rose again is picked. Which point of a curve says "
+                "A run that was low once and rose again was chosen. Which point of a curve says "
                 "where the run ended?",
             ),
             (
@@ -174,7 +174,7 @@ EXERCISES = {
                     bool(set(_filtered(f)) & {"HF_TOKEN", "Client_Secret"})
                     and "wandb_api_key" not in _filtered(f)
                 ),
-                "Some secrets are written in capital letters and are still there.",
+                "Some secrets whose names have capital letters are still there.",
             ),
             (
                 lambda f: bool(set(SETTINGS) - set(_filtered(f))),
@@ -187,7 +187,7 @@ EXERCISES = {
                 "A name can also be the bare word, with no underscore before it.",
             ),
         ],
-        otherwise="Split each name at its underscores, and look at the last word in small letters.",
+        otherwise="Split each name at its underscores, and compare the last word in lower case.",
         trial=lambda f: f({**SETTINGS, **SECRETS}),
     ),
 }

@@ -60,8 +60,8 @@ READ = Exercise(
         ),
         (
             _at(2, "healthy", "overfitting", "inconclusive"),
-            "Look at the end of C. If the run went on a third longer, where would the blue line "
-            "be? And is there anything in it that argues against going on?",
+            "Look at the end of C. Was the blue line still going down when the run was cut off, "
+            "and is there anything in it that argues against going on?",
         ),
         (
             _at(1, "overfitting", "underfitting", "inconclusive"),
@@ -114,12 +114,13 @@ EPOCH = Exercise(
 
 DECAY = Exercise(
     task=(
-        "At each step AdamW multiplies every trained weight by 1 - learning_rate * weight_decay, "
-        "beside its usual step. By what share does that shrink a weight over the whole run of 40 "
-        'steps, at learning rate 1e-3 and weight decay 0.1? Give a share such as 0.25 or "25 %".'
+        "At each step AdamW multiplies every trained parameter by 1 - learning_rate * "
+        "weight_decay, besides its usual step. By what fraction does that shrink a parameter over "
+        "the whole run of 40 steps, at learning rate 1e-3 and weight decay 0.1? Give a fraction "
+        'such as 0.25 or "25 %".'
     ),
     right=lambda answer: close(answer, 1 - (1 - 1e-4) ** 40, relative=0.01),
-    praise="Less than half a percent. That it changes nothing was to be expected.",
+    praise="Less than half a percent: the stored runs gave weight decay no chance.",
     hints=[
         (
             lambda answer: close(answer, 1e-4),
@@ -127,11 +128,11 @@ DECAY = Exercise(
         ),
         (
             lambda answer: close(answer, (1 - 1e-4) ** 40, relative=0.0005),
-            "That is what is left of the weight. By how much did it shrink?",
+            "That is what is left of the parameter. By how much did it shrink?",
         ),
         (
             lambda answer: close(answer, 0.4, 0.01),
-            "A share of 0.4 would be 40 percent. Check the unit.",
+            "A fraction of 0.4 would be 40 percent. Check the unit.",
         ),
         (
             lambda answer: close(answer, 0.1) or close(answer, 4) or close(answer, 1 - 0.9**40),
@@ -139,7 +140,7 @@ DECAY = Exercise(
         ),
         (
             lambda answer: close(answer, 0.04) or close(answer, 1 - 0.999**40),
-            "The learning rate alone does not shrink a weight. What is it multiplied by?",
+            "The learning rate alone does not shrink a parameter. What is it multiplied by?",
         ),
     ],
     otherwise="Write down the factor of one step. What is it after forty steps?",
@@ -190,8 +191,8 @@ def _best(evals: Curve, patience: int) -> int:
 def _like(rule: Rule) -> Callable[[Rule], bool]:
     def same(answer: Rule) -> bool:
         got = [answer(list(evals), patience) for evals, patience in TRIALS]
-        wanted = [rule(evals, patience) for evals, patience in TRIALS]
-        return None not in got and [float(step) for step in got] == wanted
+        expected = [rule(evals, patience) for evals, patience in TRIALS]
+        return None not in got and [float(step) for step in got] == expected
 
     return same
 
@@ -228,7 +229,7 @@ STOP = Exercise(
         ),
         (
             _like(lambda evals, patience: _stop(evals, patience + 1)),
-            "One evaluation too late: with patience 1 the first that is not lower stops the run.",
+            "One evaluation too late: with patience 1, the first that is not lower stops the run.",
         ),
         (
             lambda f: any(
@@ -239,8 +240,8 @@ STOP = Exercise(
         ),
     ],
     otherwise=(
-        "Go through the evaluations with two things in hand: the lowest loss so far, and how many "
-        "in a row were not below it."
+        "Go through the evaluations and keep two things: the lowest loss so far, and how many in "
+        "a row were not below it."
     ),
     trial=lambda f: f(list(TRIALS[1][0]), TRIALS[1][1]),
 )

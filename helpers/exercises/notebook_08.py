@@ -12,29 +12,29 @@ from helpers.exercises import Exercise, close, holds, number, says
 # -- 08.1: an interval -------------------------------------------------------------------------
 
 
-def _percent_or_share(value: Any) -> float:
-    """0.596, 59.6 or "59.6 %" as a share."""
+def _as_fraction(value: Any) -> float:
+    """0.596, 59.6 or "59.6 %" as a fraction from 0 to 1."""
     value = number(value)
     return value / 100 if value > 1.5 else value
 
 
 def _pair(answer: Any, low: float, high: float) -> bool:
-    first, second = (_percent_or_share(part) for part in answer)
+    first, second = (_as_fraction(part) for part in answer)
     return math.isclose(first, low, abs_tol=0.006) and math.isclose(second, high, abs_tol=0.006)
 
 
 INTERVAL = Exercise(
     task=(
-        "A model gets 9 of 10 messages right. Between which two shares does its true score lie, "
-        "with 95 % confidence? Use Wilson's formula, and give a pair such as (0.2, 0.7)."
+        "A model gets 9 of 10 messages right. Between which two fractions does its true score "
+        "lie, with 95 % confidence? Use Wilson's formula, and give a pair such as (0.2, 0.7)."
     ),
     right=lambda answer: _pair(answer, 0.596, 0.982),
     praise="Nine of ten sounds like 90 %, and a model that is right 60 % of the time can do it.",
     hints=(
         (
             lambda answer: _pair(answer, 0.714, 1.0) or _pair(answer, 0.714, 1.086),
-            "That is the share plus and minus 1.96 standard errors. Its upper end is above 1 "
-            "before you cut it off. What can a formula be worth that promises shares over 100 %?",
+            "That is the fraction plus and minus 1.96 standard errors. Its upper end is above 1 "
+            "before you cut it off. Does Wilson's formula ever promise more than 100 %?",
         ),
         (
             lambda answer: _pair(answer, 0.982, 0.596),
@@ -46,7 +46,7 @@ INTERVAL = Exercise(
         ),
         (
             lambda answer: _pair(answer, 0.018, 0.404),
-            "That is the interval for the share of wrong answers. Which share was asked for?",
+            "That is the interval for the fraction of wrong answers. Which one was asked for?",
         ),
         (
             lambda answer: holds(number, answer),
@@ -54,8 +54,8 @@ INTERVAL = Exercise(
         ),
     ),
     otherwise=(
-        "The function wilson_interval of this course takes the share and the count of messages. "
-        "What are they here?"
+        "statistics.wilson_interval takes the fraction right and the number of messages. What "
+        "are they here?"
     ),
 )
 
@@ -92,34 +92,34 @@ WHICH = Exercise(
     hints=(
         (
             lambda answer: _verdicts(answer) == ("second", "second", "second"),
-            "The larger count wins every time that way. Is it larger by more than coins give?",
+            "That way the larger count wins every time. Is its lead more than coins would give?",
         ),
         (
             lambda answer: "first" in _verdicts(answer),
-            "The first model is right alone less often in all three pairs. Can it be the better?",
+            "In all three pairs the first model is less often the only right one. Is it better?",
         ),
         (
             lambda answer: _verdicts(answer) == ("second", "cannot tell", "second"),
-            "Two of three. Five coins that all fall on one side: how often, out of 32 times? "
-            "Both sides count.",
+            "Two of three are right. How often do five coins all fall on one side, out of 32 "
+            "times? Both sides count.",
         ),
         (
             lambda answer: _verdicts(answer) == ("second", "second", "cannot tell"),
-            "Two of three. A lead of ten in the second pair, a lead of nine in the first: but "
-            "among how many messages on which the two differ?",
+            "Two of three are right. The lead is ten in the second pair and nine in the first: "
+            "among how many messages on which the two models differ?",
         ),
         (
             lambda answer: _verdicts(answer) == ("cannot tell",) * 3,
-            "Too careful for one of them. Compute the three p-values.",
+            "That is too careful for one of them. Compute the three p-values.",
         ),
         (
             lambda answer: len(_verdicts(answer)) != 3,
-            "One verdict for each pair: three in all.",
+            "Give one verdict for each pair: three in all.",
         ),
     ),
     otherwise=(
-        "evaluation.mcnemar(only_first, only_second) gives p. Under 0.05: the one with the larger "
-        'count is better. Otherwise: "cannot tell".'
+        "statistics.mcnemar(only_first, only_second) gives p. Under 0.05 the one with the larger "
+        'count is better; otherwise the verdict is "cannot tell".'
     ),
 )
 
@@ -131,7 +131,7 @@ PERPLEXITY = Exercise(
         "What is its perplexity on them?"
     ),
     right=lambda answer: close(answer, 4, relative=0.005),
-    praise="As surprised as one who guesses among four equally likely tokens.",
+    praise="The model is as surprised as if it had guessed among four equally likely tokens.",
     hints=(
         (
             lambda answer: close(answer, 14 / 3, relative=0.01),
@@ -169,44 +169,44 @@ def _list(answer: Any) -> list[float]:
     return [number(value) for value in (answer.tolist() if hasattr(answer, "tolist") else answer)]
 
 
-def _weights(answer: Any, *wanted: float) -> bool:
+def _near_list(answer: Any, *expected: float) -> bool:
     got = _list(answer)
-    return len(got) == len(wanted) and all(
-        math.isclose(a, b, abs_tol=0.004) for a, b in zip(got, wanted, strict=True)
+    return len(got) == len(expected) and all(
+        math.isclose(a, b, abs_tol=0.004) for a, b in zip(got, expected, strict=True)
     )
 
 
 GRID = Exercise(
     task=(
-        "Let a format know multiples of 0.1 only. Four weights stand on it: 0.3, 0.3, -0.1, 0.2. "
-        "The adapter adds 0.04, 0.06, -0.03, 0.02. Which four weights are left after merging "
-        "into that format? Give a list."
+        "A number format has only multiples of 0.1. Four parameters are stored in it: 0.3, 0.3, "
+        "-0.1, 0.2. The adapter adds 0.04, 0.06, -0.03, 0.02. What are the four parameters after "
+        "merging into that format? Give a list."
     ),
-    right=lambda answer: _weights(answer, 0.3, 0.4, -0.1, 0.2),
+    right=lambda answer: _near_list(answer, 0.3, 0.4, -0.1, 0.2),
     praise="Three of four updates are gone, and the fourth is larger than what was learned.",
     hints=(
         (
-            lambda answer: _weights(answer, 0.34, 0.36, -0.13, 0.22),
+            lambda answer: _near_list(answer, 0.34, 0.36, -0.13, 0.22),
             "Those are the sums. Are they all multiples of 0.1?",
         ),
         (
-            lambda answer: _weights(answer, 0.3, 0.3, -0.1, 0.2),
-            "Those are the weights as they were. Does every update round away? Look at each.",
+            lambda answer: _near_list(answer, 0.3, 0.3, -0.1, 0.2),
+            "Those are the parameters as they were. Does every update round away? Look at each.",
         ),
         (
-            lambda answer: _weights(answer, 0.4, 0.4, -0.2, 0.3),
+            lambda answer: _near_list(answer, 0.4, 0.4, -0.2, 0.3),
             "You rounded away from zero. Which multiple of 0.1 is nearest to 0.34?",
         ),
         (
-            lambda answer: _weights(answer, 0.0, 0.1, 0.0, 0.0),
-            "You rounded the update and left out the weight. What is stored after merging?",
+            lambda answer: _near_list(answer, 0.0, 0.1, 0.0, 0.0),
+            "You rounded the update and left out the parameter. What is stored after merging?",
         ),
         (
             lambda answer: len(_list(answer)) != 4,
-            "Four weights go in, four come out.",
+            "Four parameters go in, and four come out.",
         ),
     ),
-    otherwise="Add each update to its weight, then go to the nearest multiple of 0.1.",
+    otherwise="Add each update to its parameter, then round to the nearest multiple of 0.1.",
 )
 
 # -- 08.5: a paired bootstrap ------------------------------------------------------------------
@@ -249,17 +249,17 @@ def _width(function: Interval) -> float:
 
 BOOTSTRAP = Exercise(
     task=(
-        "Write paired_interval(first, second): two lists of True and False, one for each message, "
-        "right or not. Return (low, high), the bootstrap interval of 95 % for how much higher "
-        "the share right of the second model is. 1000 rounds are enough."
+        "Write paired_interval(first, second). Each argument is a list of True and False that "
+        "says for each message whether a model was right. Return (low, high), the 95 % bootstrap "
+        "interval for the second model's score minus the first one's. 1000 rounds are enough."
     ),
     right=_paired,
     praise=(
-        "A model compared with itself differs by nothing, in every round: that is what drawing "
-        "messages, and not scores, buys."
+        "Compared with itself, a model differs by nothing in every round: that is the advantage "
+        "of drawing messages and not scores."
     ),
     hints=(
-        (lambda f: not callable(f), "The answer is the function itself, without calling it."),
+        (lambda f: not callable(f), "Give the function itself, without calling it."),
         (
             lambda f: _width(f) == 0,
             "Every round gives the same difference. Do you draw with replacement, so that a "
@@ -272,25 +272,25 @@ BOOTSTRAP = Exercise(
         ),
         (
             lambda f: _near(_call(f, _SECOND, _FIRST), _CENTRE, _SPREAD),
-            "The sign is the other way round: second minus first was asked for.",
+            "The sign is the wrong way round: second minus first was asked for.",
         ),
         (
             lambda f: _near([x / 60 for x in _call(f, _FIRST, _SECOND)], _CENTRE, _SPREAD),
-            "That counts messages. A share was asked for.",
+            "That counts messages. The difference of two fractions was asked for.",
         ),
         (
             lambda f: _width(f) > 4.6 * _SPREAD,
-            "Too wide. Which of the sorted differences cut off 2.5 % on each side?",
+            "It is too wide. Which of the sorted differences cut off 2.5 % on each side?",
         ),
         (
             lambda f: _width(f) < 3.4 * _SPREAD,
-            "Too narrow. Which of the sorted differences cut off 2.5 % on each side, and how many "
-            "messages does a round draw?",
+            "It is too narrow. Which of the sorted differences cut off 2.5 % on each side, and how "
+            "many messages does a round draw?",
         ),
     ),
     otherwise=(
-        "In each round draw as many messages as there are, with replacement, and note the mean of "
-        "second minus first over them. Then sort the notes."
+        "In each round draw as many messages as there are, with replacement, and keep the mean of "
+        "second minus first over them. Then sort these means."
     ),
     trial=lambda f: f([True, False], [True, True]),
 )

@@ -16,10 +16,10 @@ def _ratio(weights: float, adapter: float, gpus: int) -> float:
     return 1.0 if gpus == 1 else (adapter + 2 * (weights + adapter)) / (2 * adapter)
 
 
-def _gives(wanted: Callable[..., float], trials: tuple = TRIALS) -> Callable[[Any], bool]:
-    """True for functions that give the wanted numbers in all trials."""
+def _gives(expected: Callable[..., float], trials: tuple = TRIALS) -> Callable[[Any], bool]:
+    """True for functions that give the expected numbers in all trials."""
     return lambda function: all(
-        math.isclose(float(function(*trial)), wanted(*trial), rel_tol=0.01) for trial in trials
+        math.isclose(float(function(*trial)), expected(*trial), rel_tol=0.01) for trial in trials
     )
 
 
@@ -64,7 +64,7 @@ EXERCISES = {
         hints=[
             (
                 lambda answer: close(answer, 48) or close(answer, 48e9),
-                "That is what one GPU would hold alone. What does SHARD_GRAD_OP deal out?",
+                "That is what one GPU would hold alone. What does SHARD_GRAD_OP divide?",
             ),
             (
                 lambda answer: close(answer, 12) or close(answer, 12e9),
@@ -72,11 +72,11 @@ EXERCISES = {
             ),
             (
                 lambda answer: close(answer, 21) or close(answer, 21e9),
-                "The optimizer is dealt out in your count. Look at the name again: what else is?",
+                "The optimizer is divided in your count. Look at the name again: what else is?",
             ),
             (
                 lambda answer: close(answer, 10.5) or close(answer, 10.5e9),
-                "That is a quarter of gradients and optimizer. What else lies on the GPU?",
+                "That is a quarter of gradients and optimizer. What else is on the GPU?",
             ),
             (
                 lambda answer: close(answer, 15.37),
@@ -101,13 +101,13 @@ EXERCISES = {
                     _gives(lambda w, a, n: (a + w + a) / (2 * a))(f)
                     or _gives(lambda w, a, n: (a + w) / (2 * a))(f)
                 ),
-                "Under FULL_SHARD weights are given back after the forward pass. How often are "
-                "they borrowed in a step?",
+                "Under FULL_SHARD weights are freed after the forward pass. How often are "
+                "they gathered in a step?",
             ),
             (
                 lambda f: _gives(lambda w, a, n: (a + 2 * w) / (2 * a))(f),
                 "The frozen weights are there twice. The adapter's own weights are sharded and "
-                "borrowed as well.",
+                "gathered as well.",
             ),
             (
                 lambda f: _gives(lambda w, a, n: (a + 2 * (w + a)) / a)(f),
@@ -136,7 +136,7 @@ EXERCISES = {
         trial=lambda f: f(4e9, 2e7, 2),
     ),
     "10.4": Exercise(
-        task="The model loads with dtype=torch.float16. Which bnb_4bit_quant_storage will FSDP "
+        task="The model loads with dtype=torch.float16. Which bnb_4bit_quant_storage will FSDP 1 "
         "take beside it?",
         right=lambda answer: _dtype(answer) in ("float16", "half", "fp16"),
         praise="One flat tensor has one dtype.",
@@ -147,7 +147,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: _dtype(answer) in ("uint8", "int8", "byte", "nf4", "4 bits", "int4"),
-                "Section 8 tried plain bytes. What did FSDP say to them?",
+                "Section 8 tried plain bytes. What did FSDP 1 say to them?",
             ),
             (
                 lambda answer: _dtype(answer) in ("float32", "float", "fp32"),

@@ -63,9 +63,9 @@ RIGHT = [
 
 WRONG = [
     ("06.1", 25, "one record more than your rule"),
-    ("06.1", "20", "what training logs"),
-    ("06.1", 120, "Does every step log"),
-    ("06.1", 5, "what the evaluations log"),
+    ("06.1", "20", "counted the training losses"),
+    ("06.1", 120, "Not every step logs"),
+    ("06.1", 5, "counted the validation losses"),
     ("06.1", "many", "Count three things"),
     ("06.2", "nothing", "size of a run's folder"),
     ("06.2", "Curves", "Which kinds of records"),

@@ -119,6 +119,6 @@ WRONG = [
     ("07.4", forgives_ties, "equals the lowest"),
     ("07.4", lambda evals, patience: by_position(evals, patience + 1), "too late"),
     ("07.4", lambda evals, patience: min(loss for _, loss in evals), "That is a loss"),
-    ("07.4", lambda evals, patience: evals[0][0], "two things in hand"),
+    ("07.4", lambda evals, patience: evals[0][0], "keep two things"),
     ("07.4", lambda evals, patience: 1 / 0, "raised ZeroDivisionError"),
 ]

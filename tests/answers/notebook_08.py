@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from helpers.evaluation import wilson_interval
+from helpers.statistics import wilson_interval
 
 Right = Sequence[bool]
 
@@ -24,10 +24,10 @@ def paired_in_torch(first: Right, second: Right) -> torch.Tensor:
 
 
 def unpaired(first: Right, second: Right) -> tuple[float, float]:
-    def share(hits: Right) -> float:
+    def mean(hits: Right) -> float:
         return sum(random.choices(hits, k=len(hits))) / len(hits)
 
-    means = sorted(share(second) - share(first) for _ in range(1000))
+    means = sorted(mean(second) - mean(first) for _ in range(1000))
     return means[25], means[974]
 
 
@@ -76,18 +76,18 @@ RIGHT = [
 ]
 
 WRONG = [
-    ("08.1", (0.714, 1.086), "promises shares over 100 %"),
-    ("08.1", (0.714, 1), "promises shares over 100 %"),
+    ("08.1", (0.714, 1.086), "more than 100 %"),
+    ("08.1", (0.714, 1), "more than 100 %"),
     ("08.1", (0.982, 0.596), "Which is the lower one"),
     ("08.1", wilson_interval(0.9, 100), "what 90 of 100 would give"),
-    ("08.1", wilson_interval(0.1, 10), "share of wrong answers"),
+    ("08.1", wilson_interval(0.1, 10), "fraction of wrong answers"),
     ("08.1", 0.596, "two ends"),
-    ("08.1", (0.5, 0.9), "takes the share and the count"),
-    ("08.2", ["second"] * 3, "The larger count wins every time"),
-    ("08.2", ["first", "second", "second"], "less often in all three"),
-    ("08.2", ["second", "cannot tell", "second"], "Five coins"),
+    ("08.1", (0.5, 0.9), "takes the fraction right"),
+    ("08.2", ["second"] * 3, "the larger count wins every time"),
+    ("08.2", ["first", "second", "second"], "less often the only right one"),
+    ("08.2", ["second", "cannot tell", "second"], "five coins"),
     ("08.2", ["second", "second", "cannot tell"], "among how many messages"),
-    ("08.2", ["cannot tell"] * 3, "Too careful"),
+    ("08.2", ["cannot tell"] * 3, "too careful"),
     ("08.2", ["second", "cannot tell"], "three in all"),
     ("08.2", ["cannot tell", "second", "second"], "gives p"),
     ("08.3", 14 / 3, "the mean of 2, 4 and 8"),
@@ -98,24 +98,24 @@ WRONG = [
     ("08.3", 0.25, "surprised more"),
     ("08.3", 5, "then exp of that"),
     ("08.4", [0.34, 0.36, -0.13, 0.22], "Those are the sums"),
-    ("08.4", [0.3, 0.3, -0.1, 0.2], "the weights as they were"),
+    ("08.4", [0.3, 0.3, -0.1, 0.2], "the parameters as they were"),
     ("08.4", [0.4, 0.4, -0.2, 0.3], "away from zero"),
-    ("08.4", [0, 0.1, 0, 0], "left out the weight"),
+    ("08.4", [0, 0.1, 0, 0], "left out the parameter"),
     ("08.4", [0.3, 0.4, -0.1], "four come out"),
     ("08.4", [0.3, 0.4, 0.1, 0.2], "nearest multiple"),
     ("08.5", (0.1, 0.3), "the function itself"),
     ("08.5", without_replacement, "with replacement"),
     ("08.5", unpaired, "same messages in each round"),
     ("08.5", lambda first, second: paired(second, first), "second minus first"),
-    ("08.5", counted, "A share was asked for"),
-    ("08.5", extremes, "Too wide"),
-    ("08.5", half_of_them, "Too narrow"),
+    ("08.5", counted, "difference of two fractions"),
+    ("08.5", extremes, "too wide"),
+    ("08.5", half_of_them, "too narrow"),
     ("08.5", lambda first, second: 1 / 0, "raised ZeroDivisionError"),
     (
         "08.5",
         lambda first, second: [
             x + 0.2 * any(x for x in first) * (first != second) for x in paired(first, second)
         ],
-        "with replacement, and note",
+        "with replacement, and keep",
     ),
 ]
