@@ -129,6 +129,27 @@ def test_a_precision_in_the_environment_that_is_not_the_runs(
 
 
 @pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_cache_that_cannot_be_written(
+    files: list[str], tmp_path: Path, capsys: OneLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    error = refused([*files, "--output", str(tmp_path / "run")], capsys)
+    assert "could not be stored" in error and "COURSE_CACHE" in error
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("name", ["/dev/stdin", "/dev/null", "folder.jsonl", "-"])
+def test_rows_that_are_not_a_file(
+    name: str, files: list[str], tmp_path: Path, capsys: OneLine
+) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    path = str(tmp_path / name) if name == "folder.jsonl" else name
+    options = ["--train", path, *files[2:], "--output", str(tmp_path / "run")]
+    assert refused(options, capsys).startswith(f"error: {path}: ")
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
 def test_an_output_that_is_a_file(files: list[str], tmp_path: Path, capsys: OneLine) -> None:
     output = tmp_path / "notes.md"
     output.write_text("mine")

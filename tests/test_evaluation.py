@@ -197,9 +197,7 @@ def test_without_json_references_only_the_text_counts() -> None:
     assert result == {"exact_match": 0.5, "valid_json": None, "fields": {}}
 
 
-@pytest.mark.parametrize(
-    ("answers", "expected"), [([ticket()], []), ([], []), (["a"], ["a", "b"])]
-)
+@pytest.mark.parametrize(("answers", "expected"), [([ticket()], []), ([], []), (["a"], ["a", "b"])])
 def test_unequal_lengths_and_nothing_cannot_be_scored(
     answers: list[str], expected: list[str]
 ) -> None:
