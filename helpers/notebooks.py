@@ -33,15 +33,15 @@ SET_UP = """\
 import sys
 
 if "google.colab" in sys.modules:
-    course = "git+{address}@{ref}"
-    %pip install --quiet {{course}} "huggingface_hub<2"
+    address = "{address}"
+    %pip install --quiet git+{{address}}@{ref} "huggingface_hub<2"
 """
 SET_UP_METADATA = {"cellView": "form", "jupyter": {"source_hidden": True}, "tags": ["set-up"]}
 DEBRIS = re.compile(r"it/s\]|s/it\]|\d%\|")  # of a progress bar
 
 
 def address() -> str:
-    """The repository's address, from the one place where it stands."""
+    """The repository's address, from the one place that holds it."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"]["Repository"]
 

@@ -12,11 +12,13 @@ import tokenizers
 import torch
 import transformers
 from filelock import FileLock
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from helpers import CourseError
 from helpers.data import load_triage
 from helpers.logs import quiet
-from helpers.weights import cache_dir
+from helpers.weights import CACHE_VARIABLE, cache_dir
 
 TINY_MODELS = ("tiny-llama", "tiny-falcon")
 
@@ -31,17 +33,26 @@ def build_tiny(name: str) -> Path:
 
     Returns:
         The folder, for `from_pretrained`.
+
+    Raises:
+        CourseError: the cache cannot be written.
     """
     target = cache_dir() / name
     if target.is_dir():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / ".lock"):
-        if not target.is_dir():
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix="unfinished-") as folder:
-                write = _write_tiny_falcon if name == "tiny-falcon" else _write_tiny_llama
-                write(Path(folder) / "tiny")
-                os.replace(Path(folder) / "tiny", target)
+    write = _write_tiny_falcon if name == "tiny-falcon" else _write_tiny_llama
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / ".lock"):
+            if not target.is_dir():  # another process was faster
+                with tempfile.TemporaryDirectory(dir=target.parent, prefix="unfinished-") as folder:
+                    write(Path(folder) / "tiny")
+                    os.replace(Path(folder) / "tiny", target)
+    except (OSError, SafetensorError) as error:
+        raise CourseError(
+            f"The model could not be stored in {target.parent}: {error}. Set {CACHE_VARIABLE} to a "
+            f"folder that can be written, then run this again."
+        ) from error
     return target
 
 

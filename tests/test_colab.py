@@ -70,7 +70,8 @@ def test_a_fork_changes_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     notebooks.relink(path)
     notebook = nbformat.read(path, as_version=4)
     assert f"/github/someone/their-fork/blob/{notebooks.REF}/" in notebook.cells[0].source
-    assert f"git+{fork}@{notebooks.REF}" in notebook.cells[1].source
+    source = notebook.cells[1].source
+    assert f'address = "{fork}"' in source and f"@{notebooks.REF}" in source
 
 
 def commands(cell: str) -> list[str]:

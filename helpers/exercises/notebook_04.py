@@ -98,7 +98,7 @@ EXERCISES = {
     "04.2": Exercise(
         task=(
             "Somebody sets r=64 and lora_alpha=16. By what is the update multiplied, and by "
-            "what with use_rslora=True? Set answer_2 to the two numbers, in this order."
+            "what with rsLoRA? Set answer_2 to the two numbers, in this order."
         ),
         right=lambda answer: _pair_is(answer, 0.25, 2),
         praise="Eight times apart: one argument changes the size of the whole update.",

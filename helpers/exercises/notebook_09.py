@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from helpers.exercises import Exercise, close, says
+from helpers.exercises import Exercise, close
+
+GIB = 2**30
 
 # -- 09.1: one matrix in NF4 -------------------------------------------------------------------
 
@@ -44,9 +46,19 @@ def _is(expected: list[list[int]]) -> Callable[[Any], bool]:
     return lambda function: _labels(function) == expected
 
 
-# -- 09.4: the largest batch -------------------------------------------------------------------
+# -- 09.3: short rows or a long one ----------------------------------------------------------------
 
-GIB = 2**30
+# GiB by memory.plan; tests/answers/notebook_09.py computes them again.
+SHORT_ROWS, LONG_ROW = 6.832, 8.758
+WITHOUT_CHECKPOINTS = 31.689
+
+
+def _longer(answer: Any, gib: float) -> bool:
+    """GiB, or bytes."""
+    return close(answer, gib) or close(answer, gib * GIB)
+
+
+# -- 09.4: the largest batch -------------------------------------------------------------------
 
 
 def _bytes_for(batch_size: int) -> int:
@@ -103,7 +115,7 @@ EXERCISES = {
         ),
         right=_is(LABELS),
         praise=(
-            "The mask knows what is padding; the id does not, if padding and the end of an "
+            "The mask says what is padding; the id does not, if padding and the end of an "
             "answer look alike."
         ),
         hints=(
@@ -135,49 +147,42 @@ EXERCISES = {
     ),
     "09.3": Exercise(
         task=(
-            "A QLoRA run of Falcon-7B (4 rows of 512 tokens, all linear layers, no checkpoints) "
-            'does not fit on a T4. Which one change makes it fit: "rank 4", "paged optimizer", '
-            '"gradient checkpointing" or "query_key_value only"? Guess, then ask memory.plan.'
+            "Two QLoRA steps of Falcon-7B with 2048 tokens each: 8 rows of 256, and 1 row of 2048. "
+            "How many GiB more does the long row take? Guess, then ask memory.plan, with "
+            "gradient checkpointing and the other settings of `run`."
         ),
-        right=lambda answer: says(
-            answer,
-            "gradient checkpointing",
-            "gradient_checkpointing",
-            "checkpointing",
-            "checkpoints",
-            "activation checkpointing",
-        ),
+        right=lambda answer: _longer(answer, LONG_ROW - SHORT_ROWS),
         praise=(
-            "What overflows is what the layers keep for the backward pass, and that alone is "
-            "what checkpoints save. The price is time: every layer runs forward twice."
+            "The number of tokens is the same, and so is nearly everything that is kept of them. "
+            "The scores are not: every token has one for each other token of its own row."
         ),
         hints=(
             (
-                lambda answer: says(answer, "rank 4", "rank", "rank=4", "lora rank"),
-                "Look at the component adapters: how much is there to save, and how much is too "
-                "much in all?",
+                lambda answer: close(answer, 0, absolute=0.02),
+                "So it would be if each token cost the same. What does the plain attention kernel "
+                "store for each pair of tokens in a row?",
             ),
             (
-                lambda answer: says(
-                    answer, "paged optimizer", "paged", "optimizer", "paged_adamw_8bit"
-                ),
-                "Look at the component optimizer. LoRA has left little of it already.",
+                lambda answer: _longer(answer, SHORT_ROWS - LONG_ROW),
+                "The size is right. Which of the two takes more?",
             ),
             (
-                lambda answer: says(
-                    answer, "query_key_value only", "query_key_value", "target_modules"
-                ),
-                "Fewer adapters keep fewer inputs: it does help. Put target_modules="
-                '["query_key_value"] into the plan and look at the total.',
+                lambda answer: _longer(answer, SHORT_ROWS) or _longer(answer, LONG_ROW),
+                "That is the total of one of them. The difference is asked for.",
             ),
             (
-                lambda answer: says(answer, "double quantization", "nf4", "quantization"),
-                "The weights are in 4 bits already. Which component is the biggest?",
+                lambda answer: close(answer, LONG_ROW / SHORT_ROWS, relative=0.01),
+                "That is how many times as much. The difference in GiB is asked for.",
+            ),
+            (
+                lambda answer: _longer(answer, WITHOUT_CHECKPOINTS),
+                "That is without checkpoints, where all layers keep their scores. Put "
+                "gradient_checkpointing=True into both plans.",
             ),
         ),
         otherwise=(
-            "Choose one of the four, in quotes. The biggest component of the plan says where to "
-            "look."
+            'Put run | {"batch_size": 8, "sequence_length": 256} and run | {"batch_size": 1, '
+            '"sequence_length": 2048} into memory.plan, and subtract the totals.'
         ),
     ),
     "09.4": Exercise(

@@ -57,7 +57,7 @@ EXERCISES = {
         "them equal.",
     ),
     "10.2": Exercise(
-        task="3 billion weights, full fine-tuning with 16 bytes per weight, 4 GPUs, "
+        task="3 billion parameters, full fine-tuning with 16 bytes each, 4 GPUs, "
         "SHARD_GRAD_OP: how many GB (10^9 bytes) does each GPU hold?",
         right=lambda answer: close(answer, 16.5) or close(answer, 16.5e9),
         praise="Whole weights on each GPU, and a quarter of all the rest.",

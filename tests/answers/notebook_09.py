@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from helpers.exercises.notebook_09 import NF4_BYTES, WEIGHTS
+from helpers import memory
+from helpers.exercises.notebook_09 import GIB, NF4_BYTES, WEIGHTS
 
 Plan = Callable[[int], int]
 
@@ -40,6 +41,27 @@ def with_zeros(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 def shifted(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     labels = by_mask(input_ids, attention_mask)
     return torch.cat([labels[:, 1:], torch.full((2, 1), -100)], dim=1)
+
+
+def planned(rows: int, length: int, checkpoints: bool = True) -> float:
+    """GiB of a step with the settings of the notebook's `run`."""
+    return (
+        memory.plan(
+            "tiiuae/falcon-7b",
+            "qlora",
+            batch_size=rows,
+            sequence_length=length,
+            answer_length=48,
+            precision="fp16",
+            device="cuda",
+            attn_implementation="sdpa",
+            gradient_checkpointing=checkpoints,
+        ).total
+        / GIB
+    )
+
+
+SHORT, LONG = planned(8, 256), planned(1, 2048)
 
 
 def counting_up(bytes_for: Plan, memory: int) -> int:
@@ -82,9 +104,9 @@ RIGHT = [
     ("09.1", torch.tensor(42606532.0)),
     ("09.2", by_mask),
     ("09.2", by_mask_in_lists),
-    ("09.3", "gradient checkpointing"),
-    ("09.3", " Gradient checkpointing. "),
-    ("09.3", "gradient_checkpointing"),
+    ("09.3", LONG - SHORT),
+    ("09.3", (LONG - SHORT) * GIB),  # bytes
+    ("09.3", f"{LONG - SHORT:.2f} GiB"),
     ("09.4", counting_up),
     ("09.4", from_a_list),
 ]
@@ -101,11 +123,12 @@ WRONG = [
     ("09.2", with_zeros, "0 is the id of a token"),
     ("09.2", shifted, "You shifted them"),
     ("09.2", broken, "raised ZeroDivisionError"),
-    ("09.3", "rank 4", "component adapters"),
-    ("09.3", "paged optimizer", "component optimizer"),
-    ("09.3", "query_key_value only", "it does help"),
-    ("09.3", "double quantization", "in 4 bits already"),
-    ("09.3", "buy a bigger card", "Choose one of the four"),
+    ("09.3", 0, "if each token cost the same"),
+    ("09.3", SHORT - LONG, "Which of the two takes more"),
+    ("09.3", LONG, "total of one of them"),
+    ("09.3", LONG / SHORT, "how many times as much"),
+    ("09.3", planned(1, 2048, False) - planned(8, 256, False), "without checkpoints"),
+    ("09.3", 17, "subtract the totals"),
     ("09.4", to_the_brim, "to the brim"),
     ("09.4", one_too_many, "first batch that does not fit"),
     ("09.4", strictly, "< or <="),

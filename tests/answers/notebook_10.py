@@ -47,7 +47,7 @@ WRONG = [
     ("10.2", 48, "one GPU would hold alone"),
     ("10.2", "12 GB", "One part stays whole"),
     ("10.2", 21, "Look at the name again"),
-    ("10.2", 10.5, "What else lies on the GPU"),
+    ("10.2", 10.5, "What else is on the GPU"),
     ("10.2", 16.5e9 / 2**30, "10^9 bytes here"),
     ("10.2", 7, "one by one"),
     (
@@ -56,7 +56,7 @@ WRONG = [
         "With one, nobody sends",
     ),
     ("10.3", lambda w, a, n: 1.0 if n == 1 else (2 * a + w) / (2 * a), "How often are they"),
-    ("10.3", lambda w, a, n: 1.0 if n == 1 else (a + 2 * w) / (2 * a), "borrowed as well"),
+    ("10.3", lambda w, a, n: 1.0 if n == 1 else (a + 2 * w) / (2 * a), "gathered as well"),
     ("10.3", lambda w, a, n: 1.0 if n == 1 else (a + 2 * (w + a)) / a, "spread the sum"),
     ("10.3", lambda w, a, n: 1.5, "Do frozen weights have gradients"),
     ("10.3", lambda w, a, n: 1 / ratio(w, a, n), "Upside down"),
