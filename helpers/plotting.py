@@ -256,7 +256,7 @@ def token_map(
     top = highest if highest is not None else max(every, default=1.0)
     colors = colormaps["Blues"]
     figure, axes = _axes(title, "", "", (8.4, 0.75 + 0.52 * lines_needed))
-    style = {"ha": "center", "va": "center"}
+    style = {"ha": "center", "va": "center", "parse_math": False}  # a token may be "$$"
     for group, (_, values), under in zip(placed, groups.values(), captions, strict=True):
         for (x, row, width, shown), value, caption in zip(group, values, under, strict=True):
             strength = min(1.0, max(0.0, value / top)) if top else 0.0
@@ -339,7 +339,7 @@ def token_ids(
         [(texts, [str(number) for number in ids]) for texts, ids, _ in groups.values()], columns
     )
     figure, axes = _axes(title + " (filled)", "", "", (8.4, 0.5 + 0.5 * lines_needed))
-    style = {"ha": "center", "va": "center"}
+    style = {"ha": "center", "va": "center", "parse_math": False}  # a token may be "$$"
     for (name, (_, ids, trained)), group in zip(groups.items(), placed, strict=True):
         face = {"fc": BLUE, "ec": BLUE} if trained else {"fc": "white", "ec": GREY}
         ink = "white" if trained else "black"

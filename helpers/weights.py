@@ -76,8 +76,8 @@ def fetch_smollm2() -> Path:
                 os.replace(converted, target)
     except (OSError, SafetensorError) as error:  # a full disk reaches us as either
         raise CourseError(
-            f"The model could not be stored in {target.parent}: {error}. Free some space or set "
-            f"{CACHE_VARIABLE} to a folder with 1.1 GB free, then run this again. "
+            f"The model could not be stored in {target.parent}: {error}. Check the folder and its "
+            f"free space, or set {CACHE_VARIABLE} to one with 1.1 GB free, then run this again. "
             f"Nothing half-made was left behind."
         ) from error
     return target

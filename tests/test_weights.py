@@ -107,7 +107,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(
-            CourseError, match=r"could not be stored.*Free some space.*COURSE_CACHE"
+            CourseError, match=r"could not be stored.*free space.*COURSE_CACHE"
         ):
             weights.fetch_smollm2()
     finally:

@@ -100,7 +100,7 @@ def holds(predicate: Callable[[Any], Any], answer: Any) -> bool:
 
 
 def number(answer: Any) -> float:
-    """The number in an answer: 0.5, "0.5", "50 %", tensor(0.5), "4,718,592" or "about 12 MB".
+    """The number in an answer: 0.5, "0,5", "50 %", tensor(0.5), "4,718,592" or "about 12 MB".
 
     Raises:
         ValueError: there is none, or several.
@@ -111,23 +111,25 @@ def number(answer: Any) -> float:
         found = re.findall(r"[-+]?\d[\d,_]*\.?\d*(?:[eE][-+]?\d+)?", answer)
         if len(found) != 1:
             raise ValueError(f"{answer!r} holds {len(found)} numbers")
-        value = float(re.sub(r"[,_]", "", found[0]))
+        # A comma before three digits groups thousands; any other is a decimal comma: "0,5".
+        text = re.sub(r"(?<=\d)[,_](?=\d{3}(?:\D|$))", "", found[0])
+        value = float(text.replace(",", "."))
         return value / 100 if "%" in answer else value
     return float(answer)
 
 
-def close(answer: Any, wanted: float, relative: float = 0.01, absolute: float = 0.0) -> bool:
-    """True if the number in an answer is the wanted one, within a tolerance."""
+def close(answer: Any, expected: float, relative: float = 0.01, absolute: float = 0.0) -> bool:
+    """True if the number in an answer is the expected one, within a tolerance."""
     try:
-        return math.isclose(number(answer), wanted, rel_tol=relative, abs_tol=absolute)
+        return math.isclose(number(answer), expected, rel_tol=relative, abs_tol=absolute)
     except (TypeError, ValueError, RuntimeError):
         return False
 
 
-def says(answer: Any, *wanted: str) -> bool:
-    """True if an answer is one of the wanted texts; case, spaces and end punctuation aside."""
+def says(answer: Any, *expected: str) -> bool:
+    """True if an answer is one of the expected texts; case, spaces and end punctuation aside."""
     text = " ".join(str(answer).split()).strip(" .!?\"'`").casefold()
-    return text in {want.casefold() for want in wanted}
+    return text in {one.casefold() for one in expected}
 
 
 def _short(error: Exception) -> str:
