@@ -37,6 +37,7 @@ only from files above it in this list:
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -49,6 +50,10 @@ SPIN_COUNT = "2000"
 _undecided = "torch" not in sys.modules and not any(name in os.environ for name in SPIN_VARIABLES)
 if sys.platform == "linux" and _undecided:
     os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+# Here for the same reason: at import bitsandbytes looks for a faster kernel on the Hub, and warns
+# where there is no network.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class CourseError(Exception):

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterator
-
-# At import bitsandbytes looks for a faster kernel on the Hub, and warns when it is offline.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from IPython.display import DisplayHandle, display
 from matplotlib.figure import Figure
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from helpers import CourseError, data, diagnosis, encoding, memory, plotting, quantization
+from helpers import CourseError, data, diagnosis, encoding, plotting, quantization
 from helpers.chat import ChatEncoder
 from helpers.encoding import IGNORED
 from helpers.plotting import png
@@ -296,54 +296,6 @@ def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
 
     return Explorer(
         draw, {"rank": _wide(ipywidgets.IntSlider(8, min=1, max=most, description="rank r"))}
-    )
-
-
-def memory_planner(model: str = "tiiuae/falcon-7b") -> Explorer:
-    """Model, method, batch and length against the memory of known machines."""
-
-    def draw(
-        model: str, method: str, batch_size: int, sequence_length: int, checkpointing: bool
-    ) -> Figure:
-        plan = memory.plan(
-            model,
-            method=method,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            precision="fp16" if "falcon" in model else "fp32",
-            gradient_checkpointing=checkpointing,
-        )
-        return plotting.memory_plan(plan, memory.DEVICES)
-
-    return Explorer(
-        draw,
-        {
-            "model": _wide(
-                ipywidgets.Dropdown(
-                    options=["SmolLM2-135M-Instruct", "tiiuae/falcon-7b"],
-                    value=model,
-                    description="model",
-                )
-            ),
-            "method": _wide(
-                ipywidgets.Dropdown(
-                    options=["full", "lora", "int8", "qlora"], value="qlora", description="method"
-                )
-            ),
-            "batch_size": _wide(
-                ipywidgets.IntSlider(
-                    4, min=1, max=32, description="batch size", continuous_update=False
-                )
-            ),
-            "sequence_length": _wide(
-                ipywidgets.SelectionSlider(
-                    options=[64, 128, 256, 512, 1024, 2048], value=512, description="tokens per row"
-                )
-            ),
-            "checkpointing": _wide(
-                ipywidgets.Checkbox(True, description="gradient checkpointing", indent=True)
-            ),
-        },
     )
 
 

@@ -27,6 +27,7 @@ from masks import mask
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect  # noqa: E402
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 TOKEN = "course"

@@ -106,9 +106,7 @@ def test_a_write_that_fails_leaves_nothing_behind(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(
-            CourseError, match=r"could not be stored.*free space.*COURSE_CACHE"
-        ):
+        with pytest.raises(CourseError, match=r"could not be stored.*free space.*COURSE_CACHE"):
             weights.fetch_smollm2()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

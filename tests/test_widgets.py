@@ -96,15 +96,6 @@ def test_the_rank_explorer_counts_and_rebuilds(weight: torch.Tensor) -> None:
     assert f"with {160:,} of" in title(explorer)
 
 
-def test_the_memory_planner_follows_every_control() -> None:
-    explorer = widgets.memory_planner("SmolLM2-135M-Instruct")
-    move(explorer, "method", "full")
-    move(explorer, "batch_size", 16)
-    move(explorer, "sequence_length", 1024)
-    move(explorer, "checkpointing", False)
-    move(explorer, "model", "tiiuae/falcon-7b")
-
-
 @pytest.fixture(scope="module")
 def runs() -> list[dict[str, Any]]:
     return [json.loads(line) for line in CURVES.read_text().splitlines()]
