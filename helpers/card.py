@@ -36,7 +36,7 @@ def model_card(record: dict[str, Any], metrics: dict[str, Any], diagnosis: Diagn
         "## Results\n\n" + _results(metrics),
         f"The loss curves read as **{diagnosis.verdict}** ({diagnosis.confidence} confidence). "
         f"{diagnosis.explanation}",
-        "## How to use it\n\n" + _usage(base, full),
+        "## How to use it\n\n" + _usage(base, full, record["model"]["on_the_hub"]),
         "## Settings\n\n" + _table("setting", "value", _settings(record)),
         "## Data\n\n"
         + _table(
@@ -56,7 +56,10 @@ def model_card(record: dict[str, Any], metrics: dict[str, Any], diagnosis: Diagn
 
 def _results(metrics: dict[str, Any]) -> str:
     rows = metrics["test_rows"]
-    losses = f"Validation loss: {_number(metrics['validation_loss'])} nats per answer token"
+    losses = (
+        f"Validation loss on {metrics['validation_rows']} rows: "
+        f"{_number(metrics['validation_loss'])} nats per answer token"
+    )
     if metrics["best_step"] not in (None, metrics["steps"]):
         best = _number(metrics["best_validation_loss"])
         losses += f"; the lowest, {best}, was at step {metrics['best_step']}"
@@ -76,7 +79,7 @@ def _results(metrics: dict[str, Any]) -> str:
     return _table(f"on {rows} test rows", "", shown) + f"\n\n{losses}."
 
 
-def _usage(base: str, full: bool) -> str:
+def _usage(base: str, full: bool, on_the_hub: bool) -> str:
     load = (
         'model = AutoModelForCausalLM.from_pretrained("model")'
         if full
@@ -87,7 +90,11 @@ def _usage(base: str, full: bool) -> str:
     if not full:
         imports = "from peft import PeftModel\n" + imports
     folder = "model" if full else "adapter"
+    note = ""
+    if not (full or on_the_hub):
+        note = f"`{base}` was a folder on the machine of the training: put its path there.\n\n"
     return (
+        f"{note}"
         f"```python\n{imports}\n\n{load}\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```\n\n'
         "Prompts go through the chat template of this tokenizer, and answers are greedy."

@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,28 +190,31 @@ class ResumableTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise self._failed("loss")
+        # All processes stop together: one that stops alone leaves the others waiting for it.
+        losses = self.accelerator.gather(loss.reshape(1)) if self.args.world_size > 1 else loss
+        if not torch.isfinite(losses).all():
+            raise self._failed("loss", self.state.global_step + 1)
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = super().evaluate(*args, **kwargs)
         if not math.isfinite(metrics.get("eval_loss", 0.0)):
-            raise self._failed("validation loss")
+            raise self._failed("validation loss", self.state.global_step)
         return metrics
 
-    def _failed(self, what: str) -> TrainingFailed:
+    def _failed(self, what: str, step: int) -> TrainingFailed:
         kept, _ = newest_good(Path(self.args.output_dir), self.run_id)
-        where = f" The adapter of step {step_of(kept)} is kept in {kept}." if kept else ""
+        saved = "adapter" if hasattr(self.model, "peft_config") else "model"
+        where = f" The {saved} of step {step_of(kept)} is kept in {kept}." if kept else ""
         return TrainingFailed(
-            f"The {what} is not a finite number at step {self.state.global_step + 1}: the updates "
-            f"are too large for this model. Start in a new --output folder with a lower "
+            f"The {what} is not a finite number at step {step}: the updates are "
+            f"too large for this model. Start in a new --output folder with a lower "
             f"--learning-rate; {self.args.learning_rate / 10:.1g} is a tenth of this one.{where}"
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
-            raise self._failed("update")
+            raise self._failed("update", self.state.global_step)
         folder = Path(self.args.output_dir) / f"{PREFIX}{self.state.global_step}"
         if self.args.should_save:  # the first process writes for all
             self._claim(folder)
@@ -234,11 +236,23 @@ class ResumableTrainer(Trainer):
                 )
             _delete(folder)
         folder.mkdir(exist_ok=True)
-        (folder / OWNER).write_text(self.run_id)
+        try:
+            (folder / OWNER).write_text(self.run_id)
+        except OSError:  # a full disk: without its owner's name nobody could claim it later
+            (folder / OWNER).unlink(missing_ok=True)
+            folder.rmdir()
+            raise
 
     def _remove_old(self, output: Path) -> None:
-        """Delete all checkpoints of this run but the newest ones and the best one."""
-        own = [path for path in all_checkpoints(output) if owns(path, self.run_id)]
+        """Delete all checkpoints of this run but the newest ones and the best one.
+
+        Later ones are damaged: they were passed over, and are written again in their turn.
+        """
+        own = [
+            path
+            for path in all_checkpoints(output)
+            if step_of(path) <= self.state.global_step and owns(path, self.run_id)
+        ]
         for folder in own[KEPT:]:
             if step_of(folder) != self.state.best_global_step:
                 _delete(folder)
@@ -253,12 +267,21 @@ def owns(folder: Path, run_id: str) -> bool:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a checkpoint: its seal first and its owner last, in case the process is killed."""
+    """Delete a checkpoint: its seal first and its owner last, in case the process is killed.
+
+    What the seal does not list was put there by somebody else, and stays.
+    """
+    try:
+        written = set(json.loads((folder / SEAL).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        written = {str(path.relative_to(folder)) for path in folder.rglob("*")}
     (folder / SEAL).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != OWNER:
+    for path in sorted(folder.rglob("*"), reverse=True):  # the content of a folder before itself
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path != folder / OWNER and str(path.relative_to(folder)) in written:
             path.unlink()
     (folder / OWNER).unlink()
-    folder.rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()

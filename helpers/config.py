@@ -27,7 +27,7 @@ class Option(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What `python -m helpers.finetune` can be told; None means: by profile, or by the model.
+    """What `python -m helpers.finetune` can be told; None means: not named, so a default holds.
 
     Raises:
         UsageError: a value is out of range, or two options do not go together.
@@ -47,7 +47,9 @@ class RunConfig:
     epochs: Annotated[float | None, Option("passes over the training rows", "N")] = None
     learning_rate: Annotated[float | None, Option("the highest of the schedule", "X")] = None
     batch_size: Annotated[int | None, Option("rows per process and forward pass", "N")] = None
-    accumulation: Annotated[int, Option("batches per optimizer step (default: 1)", "N")] = 1
+    accumulation: Annotated[int | None, Option("batches per optimizer step (default: 1)", "N")] = (
+        None
+    )
     rank: Annotated[int | None, Option("LoRA's r, the rank of the update", "R")] = None
     alpha: Annotated[
         int | None, Option("LoRA's alpha; alpha/r scales the update (default: 2r)", "A")
@@ -56,7 +58,9 @@ class RunConfig:
         tuple[str, ...] | None, Option("layers that get an adapter (default: all linear)", "NAME")
     ] = None
     max_length: Annotated[int | None, Option("longest row, in tokens", "N")] = None
-    seed: Annotated[int, Option("of the adapter and the order of rows (default: 42)", "S")] = 42
+    seed: Annotated[
+        int | None, Option("of the adapter and the order of rows (default: 42)", "S")
+    ] = None
     resume: Annotated[bool, Option("continue the interrupted run in --output")] = False
     tracking: Annotated[str, Option("Weights & Biases (default: off)", None, MODES)] = "off"
 
@@ -69,9 +73,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} must be at least 1, not {value}.")
-        if not 0 <= self.seed < 2**32:
+        if self.seed is not None and not 0 <= self.seed < 2**32:
             raise UsageError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}.")
-        if self.train is None and (self.validation or self.test):
+        if self.train is None and (self.validation or self.test) and not self.resume:
             raise UsageError("--validation and --test need --train: they belong together.")
         if self.train is not None and self.validation is None and not self.resume:
             raise UsageError(
@@ -83,7 +87,7 @@ class RunConfig:
                     raise UsageError(f"{_flag(name)} is a setting of LoRA, not of --method full.")
 
     def given(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, ready for JSON."""
+        """The settings that were named, ready for JSON."""
         return {
             field.name: as_json(getattr(self, field.name))
             for field in dataclasses.fields(self)

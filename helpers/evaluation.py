@@ -53,16 +53,23 @@ def generate_answers(
 
     Args:
         prompts: lists of chat messages, as in the column prompt of a dataset.
-        max_new_tokens: where an answer is cut that does not end by itself.
+        max_new_tokens: where an answer is cut that does not end by itself; earlier where the model
+            can read no more.
         progress: show a bar.
     """
     ids = encode_prompts(prompts, tokenizer)
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
     answers = [""] * len(ids)
-    starts = range(0, len(ids), batch_size)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context or math.inf
+    # A prompt that leaves less room than asked for is answered alone, up to the end of its room.
+    crowded = [index for index in longest_first if len(ids[index]) + max_new_tokens > context]
+    rest = longest_first[len(crowded) :]
+    batches = [[index] for index in crowded]
+    batches += [rest[start : start + batch_size] for start in range(0, len(rest), batch_size)]
     with evaluating(model):
-        for start in tqdm(starts, desc="answers", disable=not progress, leave=False):
-            batch = longest_first[start : start + batch_size]
+        for batch in tqdm(batches, desc="answers", disable=not progress, leave=False):
+            room = context - len(ids[batch[0]])
             padded = tokenizer.pad(
                 {"input_ids": [ids[index] for index in batch]},
                 padding_side="left",
@@ -71,7 +78,7 @@ def generate_answers(
             with quiet():
                 output = model.generate(
                     **padded,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=max(1, min(max_new_tokens, room)),
                     do_sample=False,
                     use_cache=True,
                     eos_token_id=stop_token_ids(tokenizer),

@@ -49,21 +49,20 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             code, text = run(config)
         except KeyboardInterrupt:
-            started = (config.output / "run.json").is_file()
-            code, text = (
-                130,
-                "Stopped. The same command "
-                + (
-                    "with --resume continues."
-                    if started
-                    else "starts again: nothing was trained yet."
-                ),
-            )
+            code, text = 130, _after_ctrl_c(config)
     except CourseError as error:
         text = f"error: {error}"
     if first and text:
         print(text, file=sys.stderr)
     return code
+
+
+def _after_ctrl_c(config: RunConfig) -> str:
+    if (config.output / "metrics.json").is_file():
+        return f"Stopped. The run in {config.output} is finished."
+    if (config.output / "run.json").is_file():
+        return "Stopped. The same command with --resume continues."
+    return "Stopped. The same command starts again: nothing was trained yet."
 
 
 def run(config: RunConfig) -> tuple[int, str]:
@@ -105,7 +104,7 @@ def _is_disk_full(error: Exception, config: RunConfig) -> bool:
 
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return shutil.disk_usage(config.output).free < 1_000_000
+    return config.output.is_dir() and shutil.disk_usage(config.output).free < 1_000_000
 
 
 if __name__ == "__main__":

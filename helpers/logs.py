@@ -26,8 +26,13 @@ def quiet() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Switch off progress bars and advice for the rest of a notebook; Python's warnings stay."""
+    """Switch off progress bars and advice for the rest of a notebook.
+
+    Python's warnings stay, but for one: peft 0.21 asks transformers 5.24 for a name that will go.
+    """
     import transformers
+
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

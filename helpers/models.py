@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,22 +48,27 @@ def model_path(profile: Profile) -> str:
 
 
 def load_tokenizer(profile: Profile) -> PreTrainedTokenizerBase:
-    """Load a profile's tokenizer, with a chat template and a pad token that is not eos."""
+    """Load a profile's tokenizer, with a chat template and a pad token.
+
+    The pad token is not eos, unless the tokenizer has no other token to spare.
+    """
     where = model_path(profile)
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a file from elsewhere may hold
             raise _loading_error(profile, where, error) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         unused = [t for t in SPARE_PAD_TOKENS if t != tokenizer.eos_token]
         spare = next((t for t in unused if t in tokenizer.get_vocab()), None)
+        # Without one eos does as well here: labels and attention mask know padding by its place.
+        spare = spare or tokenizer.unk_token or tokenizer.eos_token
         if spare is None:
             raise CourseError(
-                f"The tokenizer of {profile.model_id} has no spare token to pad with. "
-                f"Name one of its unused tokens in helpers.models.SPARE_PAD_TOKENS."
+                f"The tokenizer of {profile.model_id} has no token to pad with and none that ends "
+                f"an answer. Set pad_token and eos_token in its tokenizer_config.json."
             )
         tokenizer.pad_token = spare
     tokenizer.padding_side = "left"
@@ -90,6 +95,7 @@ class Inspection:
 
     Attributes:
         base_id: how others know the model: its Hub id; for a folder, the folder's name.
+        vocabulary_size: the token ids that it has embeddings for.
         context_length: the most tokens it can read; None where its config does not say.
         target_modules: the layers that get an adapter; empty for full fine-tuning.
         trainable_parameters, total_parameters: with the adapter, if it gets one.
@@ -97,6 +103,7 @@ class Inspection:
     """
 
     base_id: str
+    vocabulary_size: int
     context_length: int | None
     target_modules: tuple[str, ...]
     trainable_parameters: int
@@ -124,9 +131,19 @@ def inspect_model(
     with quiet():
         try:
             config = AutoConfig.from_pretrained(where)
+        except Exception as error:  # whatever a file from elsewhere may hold
+            raise _loading_error(profile, where, error) from error
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise CourseError(
+                f"{profile.model_id} is of the type {config.model_type!r}, which is no causal "
+                f"language model. Choose a model that writes text from left to right."
+            )
+        try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=profile.attn_implementation
+                )
+        except Exception as error:
             raise _loading_error(profile, where, error) from error
     total, trained, targets = model.num_parameters(), 0, ()
     if method == "full":
@@ -148,6 +165,7 @@ def inspect_model(
     text = config.get_text_config()
     return Inspection(
         base_id=_base_id(profile.model_id),
+        vocabulary_size=model.get_input_embeddings().weight.shape[0],
         context_length=getattr(text, "max_position_embeddings", None),
         target_modules=targets,
         trainable_parameters=trained,
@@ -198,7 +216,24 @@ def _base_id(model_id: str) -> str:
     """How others know a model: its Hub id, or the name of its folder, never a path."""
     if model_id == MODEL:
         return HUB_ID
-    return Path(model_id).name if Path(model_id).is_dir() else model_id
+    if not is_folder(model_id):
+        return model_id
+    folder = Path(os.path.abspath(model_id))
+    cached = folder.parent.parent.name  # of the Hub: models--OWNER--NAME/snapshots/COMMIT
+    if folder.parent.name == "snapshots" and cached.startswith("models--"):
+        return cached.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
+def is_on_the_hub(model_id: str) -> bool:
+    """True if `Inspection.base_id` is a Hub id; what the course builds has none."""
+    named = model_id not in TINY_MODELS and not is_folder(model_id)
+    return named or "/" in _base_id(model_id)
+
+
+def is_folder(model_id: str) -> bool:
+    """True for a folder, false for a Hub id or a model that the course makes."""
+    return model_id not in (MODEL, *TINY_MODELS) and Path(model_id).is_dir()
 
 
 def load_model(profile: Profile, precision: str | None = None) -> PreTrainedModel:
@@ -220,15 +255,23 @@ def load_model(profile: Profile, precision: str | None = None) -> PreTrainedMode
     patch_falcon()
     with quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype,
                 quantization_config=quantization_config(precision, dtype),
                 attn_implementation=profile.attn_implementation,
                 device_map={"": _device(profile)},
+                output_loading_info=True,
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a file from elsewhere may hold
             raise _loading_error(profile, where, error) from error
+    # transformers would go on with random numbers in their place.
+    missing = found["missing_keys"] & {name for name, _ in model.named_parameters()}
+    if missing:
+        error = ValueError(f"its files lack {len(missing)} parameters, such as {min(missing)}.")
+        raise _loading_error(profile, where, error)
     return apply_workarounds(model)
 
 
@@ -238,8 +281,19 @@ def _device(profile: Profile) -> int | str:
 
 
 def _loading_error(profile: Profile, where: str, error: Exception) -> CourseError:
-    return CourseError(
-        f"{profile.model_id} could not be loaded from {where}: {last_line(error)} "
-        f"If it is a model of the Hub, check the network; if it lies in the cache, delete "
-        f"that folder and run this again."
-    )
+    reason = last_line(error)
+    if "ignore_mismatched_sizes" in reason:
+        reason = "the shapes of its parameters are not those of its config.json."
+    if Path(where).is_dir():
+        lacks = [n for n in ("config.json", "tokenizer.json") if not (Path(where) / n).is_file()]
+        if lacks:
+            reason = f"it has no {' and no '.join(lacks)}."
+        advice = (
+            "A whole model has config.json, model.safetensors and tokenizer.json; if the course "
+            "stored it there, delete that folder and run this again."
+        )
+    elif Path(where).is_absolute() or where.startswith("."):
+        reason, advice = "there is no such folder.", "Check the name."
+    else:
+        advice = "Check the name and, for a model of the Hub, the network."
+    return CourseError(f"{profile.model_id} could not be loaded from {where}: {reason} {advice}")

@@ -44,12 +44,16 @@ from helpers import (
 )
 from helpers.config import RunConfig, UsageError, as_json
 from helpers.diagnosis import Diagnosis, diagnose
+from helpers.evaluation import evaluating
 
+UNFINISHED = ".unfinished"
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves every parameter, so it needs smaller steps
+SEED = 42
 WATCHED_ROWS = 48  # enough to see the trend while training; more would cost more than they tell
 # Everything that a run writes into its folder.
 FILES = ("run.json", "metrics.json", "history.json", "diagnosis.json", "answers.json", "README.md")
 FOLDERS = ("adapter", "best_adapter", "model", "best_model", "wandb")
+RESULTS = {*FILES, *FOLDERS} - {"run.json", "wandb"}  # what is written after the training
 
 
 def finetune(config: RunConfig) -> dict[str, Any]:
@@ -81,6 +85,7 @@ class Run:
     Attributes:
         profile: with the learning rate, batch size and so on of this run.
         record: what run.json holds.
+        files: the files of rows, by the names that the user gave them.
         checkpoint: where to go on from; None from the start.
         seconds: spent in training steps before the checkpoint.
     """
@@ -88,6 +93,7 @@ class Run:
     output: Path
     profile: profiles.Profile
     record: dict[str, Any]
+    files: dict[str, Path]
     checkpoint: Path | None
     seconds: float
     tracking: str
@@ -116,7 +122,14 @@ def resolve(config: RunConfig) -> Run:
         ) from error
     if not config.resume:
         old = None  # a run that was stopped before its first checkpoint begins anew
-    profile = _pick(config, old)
+    tracking.report_to(config.tracking, output)  # a missing key is noticed here
+    try:
+        profile = _pick(config, old)
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"{output / 'run.json'} was written by another version of this command, or changed. "
+            f"Start a new run in another --output folder."
+        ) from error
     method = config.method or (old or {}).get("settings", {}).get("method")
     method = method or ("qlora" if profile.quantized else "lora")
     if old is None:
@@ -136,7 +149,10 @@ def resolve(config: RunConfig) -> Run:
     if old is not None:
         _require_same(config, old, processes.num_processes)
         checkpoint, seconds = _find_checkpoint(output, record["run_id"])
-    return Run(output, profile, record, checkpoint, seconds, config.tracking, processes)
+    settings = record["settings"]
+    settings |= _files(config)  # of a resumed run they may have moved; their content is compared
+    files = {n: getattr(config, n) or Path(settings[n]) for n in data.SPLITS if settings[n]}
+    return Run(output, profile, record, files, checkpoint, seconds, config.tracking, processes)
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
@@ -158,7 +174,8 @@ def _require_output(output: Path, old: dict[str, Any] | None, resume: bool) -> N
                 f"{output} holds no run to resume (no run.json of this command). "
                 f"Leave out --resume to start one."
             )
-        names = [name for name in (*FILES, *FOLDERS) if (output / name).exists()]
+        names = [f"{name}{end}" for end in ("", UNFINISHED) for name in (*FILES, *FOLDERS)]
+        names = [name for name in names if (output / name).exists()]
         names += [path.name for path in checkpoints.all_checkpoints(output)]
         if names:
             raise UsageError(
@@ -174,7 +191,20 @@ def _require_output(output: Path, old: dict[str, Any] | None, resume: bool) -> N
             f"{output} holds an interrupted run. Add --resume to continue it, or name another "
             f"--output folder."
         )
-    _try_to_write(output)
+    elif foreign := _foreign_results(output, old):
+        raise UsageError(
+            f"{output} holds {foreign[0]}, which this run has not written. Move it away, then use "
+            f"the same command again."
+        )
+    if os.environ.get("RANK", "0") == "0":  # several processes would remove each other's folder
+        _try_to_write(output)
+
+
+def _foreign_results(output: Path, record: dict[str, Any]) -> list[str]:
+    """Files and folders that are named like results, in a run that has not begun to write any."""
+    if record.get("saving"):
+        return []
+    return sorted(name for name in RESULTS if (output / name).exists())
 
 
 def _try_to_write(output: Path) -> None:
@@ -192,7 +222,10 @@ def _try_to_write(output: Path) -> None:
 
 def _pick(config: RunConfig, old: dict[str, Any] | None) -> profiles.Profile:
     if old is None:
-        return profiles.pick_profile(config.profile)
+        profile = profiles.pick_profile(config.profile)
+        if config.model and config.model != profile.model_id:
+            print(f"model     {config.model} instead: asked for")
+        return profile
     stored = old["profile"]
     profile = profiles.Profile(**stored | {"target_modules": tuple(stored["target_modules"])})
     if profile.device == "cuda" and not torch.cuda.is_available():
@@ -205,7 +238,7 @@ def _with_settings(profile: profiles.Profile, config: RunConfig, method: str) ->
     default_rate = FULL_LEARNING_RATE if method == "full" else profile.learning_rate
     return dataclasses.replace(
         profile,
-        model_id=config.model or profile.model_id,
+        model_id=_model_id(config.model) or profile.model_id,
         epochs=config.epochs or profile.epochs,
         learning_rate=config.learning_rate or default_rate,
         batch_size=config.batch_size or profile.batch_size,
@@ -214,30 +247,46 @@ def _with_settings(profile: profiles.Profile, config: RunConfig, method: str) ->
     )
 
 
+def _model_id(named: str | None) -> str | None:
+    """A folder by its whole path: the run may be resumed from another folder."""
+    return os.path.abspath(named) if named and models.is_folder(named) else named
+
+
+def _files(config: RunConfig) -> dict[str, str]:
+    """The files of rows that were named, by their whole paths."""
+    named = {name: getattr(config, name) for name in data.SPLITS}
+    return {name: os.path.abspath(path) for name, path in named.items() if path is not None}
+
+
 def _settings(config: RunConfig, profile: profiles.Profile, method: str) -> dict[str, Any]:
     """Every setting of the run with its decided value; of LoRA's only for LoRA."""
     decided = {
-        "train": config.train,
-        "validation": config.validation,
-        "test": config.test,
+        **dict.fromkeys(data.SPLITS),
+        **_files(config),
         "model": profile.model_id,
         "profile": profile.name,
         "method": method,
         "epochs": profile.epochs,
         "learning_rate": profile.learning_rate,
         "batch_size": profile.batch_size,
-        "accumulation": config.accumulation,
+        "accumulation": config.accumulation or 1,
         "rank": None if method == "full" else profile.lora_rank,
         "alpha": None if method == "full" else config.alpha or 2 * profile.lora_rank,
         "target_modules": config.target_modules,
         "max_length": config.max_length,
-        "seed": config.seed,
+        "seed": SEED if config.seed is None else config.seed,
     }
     return {name: as_json(value) for name, value in decided.items()}
 
 
 def _require_environment(profile: profiles.Profile) -> None:
     """Accelerate reads its precision from the environment; it has to be the run's."""
+    for way in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{way}", "false").lower() == "true":
+            raise UsageError(
+                f"accelerate is set to {way}, which splits the model between processes; here each "
+                f"process holds all of it. Launch with --multi_gpu."
+            )
     named = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if named not in ("no", "bf16", "fp16") or named not in ("no", profile.precision):
         raise UsageError(
@@ -249,8 +298,9 @@ def _require_environment(profile: profiles.Profile) -> None:
 def _require_same(config: RunConfig, old: dict[str, Any], processes: int) -> None:
     """Refuse to resume with settings other than those that the run was started with."""
     settings = old["settings"]
-    files = ("train", "validation", "test")  # compared by content, in prepare
-    given = {name: value for name, value in config.given().items() if name not in files}
+    given = config.given() | ({"model": _model_id(config.model)} if config.model else {})
+    # Files are compared by their content, in prepare.
+    given = {name: value for name, value in given.items() if name not in data.SPLITS}
     differ = [
         f"--{name.replace('_', '-')} {_shown(value)} (the run has {_shown(settings.get(name))})"
         for name, value in given.items()
@@ -341,6 +391,7 @@ def prepare(run: Run) -> Prepared:
         name: encoding.encode(split, tokenizer, profile.max_length, found.context_length)
         for name, split in loaded.items()
     }
+    _require_vocabulary(profile, features, tokenizer, found.vocabulary_size)
     trained = sum(
         sum(label != encoding.IGNORED for label in labels) for labels in features["train"]["labels"]
     )
@@ -350,12 +401,13 @@ def prepare(run: Run) -> Prepared:
         f"(the answers); the loss ignores the rest"
     )
     run.output.mkdir(parents=True, exist_ok=True)
-    _require_disk(run.output, found.checkpoint_bytes)
+    _require_disk(run, found.checkpoint_bytes)
     if run.processes.is_main_process:
         checkpoints.write_json(run.output / "run.json", run.record)
 
     set_seed(settings["seed"])
     model = models.load_model(profile, _precision(settings["method"], profile))
+    _require_causal(model, profile)
     answers = _answer(run, model, tokenizer, loaded, features) if "test" in loaded else []
     set_seed(settings["seed"])
     if settings["method"] != "full":
@@ -371,19 +423,22 @@ def prepare(run: Run) -> Prepared:
         f"{found.total_parameters:,} parameters "
         f"({found.trainable_parameters / found.total_parameters:.2%})"
     )
-    run.record["model"] = {"base": found.base_id, "parameters": found.total_parameters}
-    run.record["model"]["trainable"] = found.trainable_parameters
+    run.record["model"] = {
+        "base": found.base_id,
+        "on_the_hub": models.is_on_the_hub(profile.model_id),
+        "parameters": found.total_parameters,
+        "trainable": found.trainable_parameters,
+    }
     return Prepared(loaded, features, tokenizer, model, answers)
 
 
 def _load_rows(run: Run) -> dict[str, Dataset]:
     """Read and check the rows; of a resumed run they must be those that it began with."""
-    settings = run.settings
-    if settings["train"] is None:
+    if not run.files:
         loaded = dict(data.load_triage())
         files = {name: data.DATA / "triage" / f"{name}.jsonl" for name in data.SPLITS}
     else:
-        files = {n: Path(settings[n]) for n in data.SPLITS if settings[n]}
+        files = run.files
         loaded = {name: rows.load_examples(path) for name, path in files.items()}
         rows.check_splits(**loaded)
     found = {
@@ -393,16 +448,51 @@ def _load_rows(run: Run) -> dict[str, Dataset]:
     changed = [name for name in found if found[name] != run.record.get("data", found).get(name)]
     if changed:
         raise UsageError(
-            f"The {changed[0]} rows are not those that this run began with ({files[changed[0]]} "
-            f"has changed). Restore the file, or start a new run in another --output folder."
+            f"The {changed[0]} rows are not those that this run began with ({files[changed[0]]}). "
+            f"Name or restore the file that it began with, or start a new run in another --output "
+            f"folder."
         )
     run.record["data"] = found
     return loaded
 
 
-def _require_disk(output: Path, checkpoint_bytes: int) -> None:
+def _require_vocabulary(
+    profile: profiles.Profile,
+    features: dict[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+) -> None:
+    highest = max(max(ids) for split in features.values() for ids in split["input_ids"])
+    highest = max(highest, tokenizer.pad_token_id)
+    if highest >= size:
+        raise UsageError(
+            f"The tokenizer of {profile.model_id} does not belong to the model: it makes the token "
+            f"id {highest}, and the model has {size} embeddings. Use the tokenizer it came with."
+        )
+
+
+def _require_causal(model: Any, profile: profiles.Profile) -> None:
+    """Refuse a model that sees later tokens: in training it would read the answer, not learn it."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+    with evaluating(model):
+        first, second = (model(input_ids=row[None], use_cache=False).logits[0] for row in ids)
+    change = (first - second).abs().amax(dim=-1)  # (positions,)
+    if change[:-1].max() > 0.01 * change[-1]:
+        raise UsageError(
+            f"{profile.model_id} reads text in both directions, as an encoder does. Choose a model "
+            f"that writes text from left to right."
+        )
+
+
+def _require_disk(run: Run, checkpoint_bytes: int) -> None:
     """Three checkpoints lie side by side while a fourth is written, and then the result."""
-    needed = 5 * checkpoint_bytes
+    output = run.output
+    needed = 5 * checkpoint_bytes - sum(  # those of an earlier part are there already
+        path.stat().st_size
+        for folder in checkpoints.all_checkpoints(output)
+        if checkpoints.owns(folder, run.id)
+        for path in folder.rglob("*")
+    )
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UsageError(
@@ -430,6 +520,7 @@ class Trained:
     eval_curve: list[list[float]]
     tokens: int
     peak_memory: int
+    validation_rows: int
 
 
 def train(run: Run, prepared: Prepared) -> Trained:
@@ -475,7 +566,7 @@ def train(run: Run, prepared: Prepared) -> Trained:
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     peak = max(_gather([memory.peak_memory_bytes(profile.device)], processes))
     tokens = int(trainer.state.num_input_tokens_seen)
-    return Trained(trainer, *training.curves(trainer), tokens, peak)
+    return Trained(trainer, *training.curves(trainer), tokens, peak, count)
 
 
 # -- save --------------------------------------------------------------------------------------
@@ -488,17 +579,26 @@ def save(run: Run, prepared: Prepared, trained: Trained) -> None:
     model = trained.trainer.accelerator.unwrap_model(trained.trainer.model)
     if not run.processes.is_main_process:
         return
+    if foreign := _foreign_results(run.output, run.record):
+        raise checkpoints.TrainingFailed(
+            f"{run.output} holds {foreign[0]}, which this run has not written. Move it away, then "
+            f"use the same command with --resume."
+        )
+    run.record["saving"] = True
+    checkpoints.write_json(run.output / "run.json", run.record)
     if not full:
         model.peft_config["default"].base_model_name_or_path = run.record["model"]["base"]
     _write_folder(run.output / name, lambda folder: _save_model(model, prepared.tokenizer, folder))
     state = trained.trainer.state
     best = run.output / f"{checkpoints.PREFIX}{state.best_global_step}"
-    if state.best_global_step not in (None, state.global_step) and best.is_dir():
-        weights = "model.safetensors" if full else "adapter_model.safetensors"
+    whole = checkpoints.read_seal(best, run.id) is not None
+    if state.best_global_step not in (None, state.global_step) and whole:
 
         def best_model(folder: Path) -> None:
             shutil.copytree(run.output / name, folder, dirs_exist_ok=True)
-            shutil.copy(best / weights, folder / weights)
+            (folder / "README.md").unlink(missing_ok=True)
+            for weights in best.glob("*.safetensors*"):
+                shutil.copy(weights, folder)
 
         _write_folder(run.output / f"best_{name}", best_model)
     checkpoints.write_json(
@@ -515,13 +615,16 @@ def _save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
 
 
 def _write_folder(folder: Path, write: Any) -> None:
-    """Make a folder whole or not at all; one that a killed part of this run made is replaced."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    """Make a folder whole or not at all; what a killed part of this run made is replaced."""
+    unfinished = folder.with_name(folder.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     write(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    if not folder.exists():
+        os.replace(unfinished, folder)
+        return
+    shutil.copytree(unfinished, folder, copy_function=os.replace, dirs_exist_ok=True)
+    shutil.rmtree(unfinished)
 
 
 # -- evaluate ----------------------------------------------------------------------------------
@@ -625,6 +728,7 @@ def _metrics(
         "test_rows": len(prepared.rows.get("test", ())),
         "test_loss": losses.get("loss"),
         "test_value_loss": losses.get("value_loss"),
+        "validation_rows": trained.validation_rows,  # that the losses below are of
         "validation_loss": trained.eval_curve[-1][1] if trained.eval_curve else None,
         "best_validation_loss": state.best_metric,
         "best_step": best,

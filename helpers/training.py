@@ -75,7 +75,8 @@ def training_arguments(
         "per_device_eval_batch_size": profile.eval_batch_size,
         "learning_rate": profile.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": max(1, steps // 20),
+        # In the first step of a warm-up the rate is zero: a single step would train nothing.
+        "warmup_steps": max(1, steps // 20) if steps > 1 else 0,
         "max_grad_norm": 1.0,
         "bf16": profile.precision == "bf16",
         "fp16": profile.precision == "fp16",
