@@ -445,10 +445,12 @@ def _load_rows(run: Run) -> dict[str, Dataset]:
         name: {"rows": len(loaded[name]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         for name, path in files.items()
     }
-    changed = [name for name in found if found[name] != run.record.get("data", found).get(name)]
+    began = run.record.get("data", found)
+    changed = [n for n in data.SPLITS if found.get(n) != began.get(n)]
     if changed:
+        name = changed[0]
         raise UsageError(
-            f"The {changed[0]} rows are not those that this run began with ({files[changed[0]]}). "
+            f"The {name} rows are not those that this run began with ({files.get(name, 'none')}). "
             f"Name or restore the file that it began with, or start a new run in another --output "
             f"folder."
         )
@@ -473,6 +475,8 @@ def _require_vocabulary(
 
 def _require_causal(model: Any, profile: profiles.Profile) -> None:
     """Refuse a model that sees later tokens: in training it would read the answer, not learn it."""
+    if getattr(model.config, "is_decoder", True):  # what has been an encoder has it, and GPT-NeoX
+        return
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
     with evaluating(model):
         first, second = (model(input_ids=row[None], use_cache=False).logits[0] for row in ids)
@@ -734,7 +738,7 @@ def _metrics(
         "best_step": best,
         "steps": state.global_step,
         "tokens": trained.tokens,
-        "train_seconds": round(trained_seconds, 1),
+        "train_seconds": round(trained_seconds, 3),
         "total_seconds": round(seconds, 1),  # of this part; train_seconds is of all parts
         "tokens_per_second": round(trained.tokens / trained_seconds, 1)
         if trained_seconds

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from helpers import models
@@ -151,6 +155,96 @@ def test_a_model_without_pad_token_or_template_answers(name: str, folders: dict[
     together = generate_answers(model, tokenizer, prompts, max_new_tokens=4)
     alone = [generate_answers(model, tokenizer, [p], max_new_tokens=4)[0] for p in prompts]
     assert together == alone
+
+
+@pytest.fixture
+def damaged(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of a model's folder, to be damaged."""
+    return shutil.copytree(folders["llama"], tmp_path / "model")
+
+
+def lose_parameters(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def make(folder: Path, config: PreTrainedConfig) -> None:
+    """Another model with the same tokenizer."""
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+BERT = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+BERT |= {"initializer_range": 0.2}  # as strong as in a trained model
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "it has no tokenizer.json"),
+    "no parameters": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "half a file": (lambda f: os.truncate(f / "model.safetensors", 900), "could not be loaded"),
+    "parameters lost": (lose_parameters, "its files lack 9 parameters"),
+    "other shapes": (lambda f: change_config(f, intermediate_size=80), "the shapes of its"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "not a valid JSON"),
+    "unknown type": (lambda f: change_config(f, model_type="nonsense"), "could not be loaded"),
+    "not causal": (lambda f: change_config(f, model_type="t5"), "no causal language model"),
+    "an encoder": (
+        lambda f: make(f, transformers.BertConfig(vocab_size=1024, intermediate_size=96, **BERT)),
+        "reads text in both directions",
+    ),
+    "another tokenizer": (
+        lambda f: make(f, transformers.LlamaConfig(vocab_size=99, **SIZES | GROUPED)),
+        "does not belong to the model",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_model_that_cannot_be_trained_is_one_line(
+    damage: str,
+    damaged: Path,
+    rows: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    break_it, cause = DAMAGE[damage]
+    break_it(damaged)
+    capsys.readouterr()
+    options = ["--profile", "tiny", "--model", str(damaged), *rows]
+    assert main([*options, "--output", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and cause in error
+
+
+def test_answers_end_where_the_model_can_read_no_more(folders: dict[str, Path]) -> None:
+    """GPT-2 has an embedding for each of its 128 positions, and none for the next."""
+    from helpers.evaluation import generate_answers
+
+    profile = dataclasses.replace(PROFILES["tiny"], model_id=str(folders["gpt2"]))
+    model, tokenizer = models.load_model(profile), models.load_tokenizer(profile)
+    prompts = [[{"role": "user", "content": text}] for text in ("one " * 40, "two")]
+    together = generate_answers(model, tokenizer, prompts, max_new_tokens=100)
+    alone = [generate_answers(model, tokenizer, [p], max_new_tokens=100)[0] for p in prompts]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("folder", "base"),
+    [
+        ("my-model", "my-model"),
+        ("models--someone--their-model/snapshots/0123abcd", "someone/their-model"),
+    ],
+)
+def test_a_folder_is_known_by_its_name_or_its_hub_id(
+    folder: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    assert models._base_id(".") == models._base_id(str(tmp_path / folder)) == base
+    assert models.is_on_the_hub(".") == ("/" in base)
 
 
 def test_every_process_loads_onto_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from helpers import checkpoints, models, pipeline, training
 from helpers.config import RunConfig, UsageError, parser
 from helpers.finetune import main
+from helpers.profiles import PROFILES
 
 OneLine = pytest.CaptureFixture[str]
 
@@ -258,6 +259,7 @@ def interrupted(files: list[str], tmp_path: Path) -> tuple[list[str], Path]:
         (["--epochs", "7"], "--epochs 7.0 (the run has 6.0)"),
         (["--method", "full"], "--method full (the run has lora)"),
         (["--method", "qlora"], "--method qlora (the run has lora)"),
+        (["--profile", "laptop"], "--profile laptop (the run has tiny)"),
         (["--rank", "4"], "--rank 4 (the run has 8)"),
         (["--alpha", "4"], "--alpha 4 (the run has 16)"),
         (["--batch-size", "2"], "--batch-size 2 (the run has 8)"),
@@ -295,6 +297,92 @@ def test_resume_refuses_other_rows(
         file.write('{"prompt": "one more", "completion": "row"}\n')
     capsys.readouterr()
     assert f"The {split} rows are not those" in refused([*options, "--resume"], capsys)
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_resume_compares_the_rows_that_are_named_again(
+    split: str,
+    interrupted: tuple[list[str], Path],
+    nothing_is_loaded: None,
+    tmp_path: Path,
+    capsys: OneLine,
+) -> None:
+    _, output = interrupted
+    other = rows_file(tmp_path / "other.jsonl", ["something else"])
+    capsys.readouterr()
+    error = refused(["--output", str(output), "--resume", f"--{split}", other], capsys)
+    assert f"The {split} rows are not those" in error and other in error
+
+
+@pytest.mark.parametrize("option", [["--seed", "42"], ["--accumulation", "1"]])
+def test_resume_compares_a_setting_that_is_named_with_its_default(
+    option: list[str], files: list[str], nothing_is_loaded: None, tmp_path: Path, capsys: OneLine
+) -> None:
+    output = tmp_path / "run"
+    options = [*files, "--output", str(output), "--seed", "7", "--accumulation", "2"]
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        main(["--profile", "tiny", *options])
+    error = refused(["--output", str(output), "--resume", *option], capsys)
+    assert f"{' '.join(option)} (the run has " in error
+
+
+def test_resume_from_another_folder_and_with_files_that_have_moved(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    relative = ["--train", "train.jsonl", "--validation", "validation.jsonl", "--epochs", "6"]
+    shutil.copytree(models.model_path(PROFILES["tiny"]), "my-model")
+    relative += ["--model", "my-model"]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_after(1, patch, Killed())
+        main(["--profile", "tiny", *relative, "--output", "run"])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        interrupt_after(1, patch, Killed())
+        main(["--output", "../run", "--resume"])
+    (tmp_path / "train.jsonl").rename("moved.jsonl")
+    moved = ["--train", "moved.jsonl", "--validation", "../validation.jsonl"]
+    assert main(["--output", "../run", "--resume", *moved, "--model", "../my-model"]) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "my-model"
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter/notes.txt", "answers.json"])
+def test_files_that_appear_beside_an_interrupted_run_are_left_alone(
+    name: str, interrupted: tuple[list[str], Path], nothing_is_loaded: None, capsys: OneLine
+) -> None:
+    options, output = interrupted
+    file = output / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    capsys.readouterr()
+    assert "which this run has not written" in refused([*options, "--resume"], capsys)
+    assert file.read_text() == "mine"
+
+
+def test_a_file_put_into_a_checkpoint_outlives_it(interrupted: tuple[list[str], Path]) -> None:
+    options, output = interrupted
+    mine = [folder / "notes.txt" for folder in checkpoints.all_checkpoints(output)]
+    for file in mine:
+        file.write_text("mine")
+    assert main([*options, "--resume"]) == 0
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+
+
+def test_a_resumed_run_needs_no_room_for_the_checkpoints_it_has(
+    interrupted: tuple[list[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, _ = interrupted
+    needed = 5 * 12 * 16384  # of tiny-llama's adapter; about 2 of the 5 checkpoints are there
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.7 * needed))
+    assert main([*options, "--resume"]) == 0
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_run_json_of_another_version(tmp_path: Path, capsys: OneLine) -> None:
+    (tmp_path / "run.json").write_text('{"format": 1, "run_id": "x", "profile": {"name": "y"}}')
+    assert "another version" in refused(["--output", str(tmp_path), "--resume"], capsys)
 
 
 @pytest.mark.parametrize("named", ["all", "nothing"])
@@ -452,6 +540,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
+def test_a_run_of_one_step_trains(files: list[str], tmp_path: Path) -> None:
+    """Its only step must not be the first of a warm-up, where the learning rate is zero."""
+    options = ["--profile", "tiny", *files, "--epochs", "0.01", "--output", str(tmp_path / "run")]
+    assert main(options) == 0
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapter.items() if "lora_B" in name)
+
+
 def test_the_last_good_adapter_is_kept(
     files: list[str], tmp_path: Path, capsys: OneLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,7 +640,6 @@ def test_the_numbers_are_those_of_the_rows(files: list[str], tmp_path: Path) -> 
     assert main(["--profile", "tiny", *options]) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     from helpers import encoding, rows
-    from helpers.profiles import PROFILES
 
     tokenizer = models.load_tokenizer(PROFILES["tiny"])
     features = encoding.encode(rows.load_examples(train), tokenizer, 512)
@@ -581,6 +676,26 @@ def test_the_model_card_holds_the_runs_own_figures(files: list[str], tmp_path: P
     assert text.startswith("---\nbase_model: tiny-llama\n")
     assert f"{metrics['test_exact_match']:.1%}" in text and "on 2 test rows" in text
     assert f"{metrics['trainable_parameters']:,} of" in text and "| learning_rate | 0.005 |" in text
+
+
+def test_ctrl_c_after_the_end_says_that_the_run_is_finished(
+    files: list[str], tmp_path: Path, capsys: OneLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_print_result", interrupt)
+    assert main(["--profile", "tiny", *files, "--output", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.endswith("is finished.\n")
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_splits_the_model_is_refused(
+    way: str, files: list[str], tmp_path: Path, capsys: OneLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    assert way in refused([*files, "--output", str(tmp_path / "run")], capsys)
 
 
 def test_settings_are_checked_where_they_are_made() -> None:

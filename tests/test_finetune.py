@@ -119,6 +119,7 @@ def test_online_tracking_without_a_key_is_refused_before_training(
     arguments = [*own_data, "--tracking", "online", "--output", str(tmp_path / "run")]
     assert main(arguments) == 2
     assert "wandb login" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # before anything is loaded
 
 
 def test_offline_tracking_writes_a_run_without_an_account(

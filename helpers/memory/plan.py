@@ -216,13 +216,14 @@ def _kept_per_token(shape: _Shape, settings: Settings, targets: Sequence[str]) -
     kept = shape.norms * h * (stream if shape.one_key and settings.device == "cpu" else 4)
     if full and not shape.one_key:
         kept += shape.norms * 4 * h
-    # A linear layer that learns keeps its input. Layers that read the same tensor share it; under
-    # autocast each has a cast copy of its own.
+    # A linear layer that learns keeps its input. Layers that read the same tensor share it; where
+    # autocast has to cast it, each keeps a copy of its own.
     for group in shape.reads:
         learns = [name for name in group if name in trained]
-        copies = len(learns) if settings.autocast else min(1, len(learns))
-        if settings.method == "int8" and not settings.autocast:
-            copies = 1  # the 8-bit layers keep it in any case
+        cast = settings.autocast and _input_bytes(shape, settings, group) != number
+        copies = len(learns) if cast else min(1, len(learns))
+        if settings.method == "int8" and not cast:  # the 8-bit layers keep it in any case
+            copies = 0 if settings.autocast else 1
         kept += copies * number * shape.linears[group[0]][0]
         kept += 0 if full else len(learns) * number * settings.lora_rank
     # Queries, keys and values, as wide as all heads together; PyTorch's plain kernel, which Falcon
@@ -239,6 +240,15 @@ def _kept_per_token(shape: _Shape, settings: Settings, targets: Sequence[str]) -
     if not settings.gradient_checkpointing and settings.autocast:
         kept += _kept_past_checkpoints(shape, settings, targets)
     return kept
+
+
+def _input_bytes(shape: _Shape, settings: Settings, group: tuple[str, ...]) -> int:
+    """Of a number that these linear layers read."""
+    if group == shape.reads[-1]:  # the end of the MLP
+        return _inner_bytes(settings)
+    if group[0] in ("o_proj", "dense"):  # after the attention
+        return settings.dtype.itemsize
+    return _stream_bytes(settings)
 
 
 def _inner_bytes(settings: Settings) -> int:

@@ -240,10 +240,15 @@ class _DeviceEmulation(TorchFunctionMode):
             stack.enter_context(patch(bitsandbytes, "matmul", int8_product))
             # As helpers.workarounds.patch_falcon does, but for the moment.
             stack.enter_context(patch(modeling_falcon, "FalconLinear", torch.nn.Linear))
-            # PEFT asks whether autocast is on for the GPU; nobody tells it of a CPU's.
-            on = self.settings.autocast and self.settings.device == "cuda"
+            # Adapters ask whether autocast is on for their input (helpers.workarounds), and
+            # PEFT itself whether it is on for a GPU.
+            on = {"meta", "cuda"} if self.settings.device == "cuda" else {"meta"}
             stack.enter_context(
-                patch(torch, "is_autocast_enabled", lambda kind="cuda": on and kind == "cuda")
+                patch(
+                    torch,
+                    "is_autocast_enabled",
+                    lambda kind="cuda": self.settings.autocast and kind in on,
+                )
             )
             yield
 
