@@ -226,7 +226,6 @@ def move_every_slider(page: Page) -> None:
 
 STOPPABLE = [
     """\
-from transformers import Trainer
 from helpers import data, encoding, models, profiles, training, widgets
 
 profile = profiles.pick_profile("tiny")
