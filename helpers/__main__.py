@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +56,17 @@ def run(*command: str | Path, folder: Path = ROOT, **environment: str) -> int:
 
     Ctrl-C reaches the command too. It gets ten seconds to end in its own way.
     """
-    process = subprocess.Popen(
-        [str(part) for part in command], cwd=folder, env=os.environ | environment
-    )
+    interrupts: list[int] = []  # that come while the command starts, before it can be waited for
+    usual = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
+        process = subprocess.Popen(
+            [str(part) for part in command], cwd=folder, env=os.environ | environment
+        )
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    try:
+        if interrupts:
+            raise KeyboardInterrupt
         return process.wait()
     except KeyboardInterrupt:
         try:
