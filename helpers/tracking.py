@@ -89,7 +89,7 @@ def has_key() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stands in one run's `.wandb` file.
+    """The content of one run's `.wandb` file.
 
     Attributes:
         config: the settings, as they were after the last change.

@@ -58,7 +58,7 @@ def find(name: str) -> Exercise:
         return module.EXERCISES[name]
     except (ModuleNotFoundError, KeyError) as error:
         raise CourseError(
-            f"There is no exercise {name!r}. The number stands in the heading above the cell."
+            f"There is no exercise {name!r}. The heading above the cell has the number."
         ) from error
 
 

@@ -82,7 +82,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: _count(answer) == 11,
-                "Nearly. Look at what stands between the word and the light bulb.",
+                "Nearly. Look at what is between the word and the light bulb.",
             ),
             (
                 lambda answer: _count(answer) in (1, 2),
@@ -166,7 +166,7 @@ EXERCISES = {
             ),
             (
                 lambda f: _labels(f, ON_THE_LEFT) in ([-100] * 6 + [4, 7, 2, -100], [4, 7, 2]),
-                "These are shifted by one. The model shifts by itself: a label stands under its "
+                "These are shifted by one. The model shifts by itself: a label is under its "
                 "own token.",
             ),
             (
@@ -201,7 +201,7 @@ EXERCISES = {
         hints=(
             (
                 lambda f: _shortened(f, 15) == _row(MESSAGE)[:15],
-                "You cut the end of the row, as truncation=True does. What stands there?",
+                "You cut the end of the row, as truncation=True does. What is there?",
             ),
             (
                 lambda f: _shortened(f, 15) == _row(MESSAGE)[-15:],

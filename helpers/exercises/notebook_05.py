@@ -97,7 +97,7 @@ EXERCISES = {
                 "Half-way down it is right, before and after it is not: yours falls straight.",
             ),
         ],
-        otherwise="Print your rate at steps 0, warmup and steps - 1: wanted are 0, peak, almost 0.",
+        otherwise="Print your rate at steps 0, warmup and steps - 1: expect 0, peak, almost 0.",
         trial=lambda f: f(1, STEPS, WARMUP, PEAK),
     ),
     "05.3": Exercise(

@@ -36,7 +36,7 @@ EXERCISES = {
         hints=[
             (
                 lambda answer: close(answer, 16, relative=0, absolute=0.01),
-                "16 rows are what a step needs in all. How many of the processes bring rows?",
+                "16 rows are what a step needs in all. How many processes read rows?",
             ),
             (
                 lambda answer: close(answer, 2, relative=0, absolute=0.01),
@@ -50,7 +50,7 @@ EXERCISES = {
             ),
             (
                 lambda answer: any(close(answer, n, 0, 0.01) for n in (32, 64)),
-                "More processes bring more rows each step, so each of them needs fewer.",
+                "More processes read more rows in each step, so each of them needs fewer.",
             ),
         ],
         otherwise="Write down batch times processes times accumulation for both runs, and set "
