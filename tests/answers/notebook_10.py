@@ -39,7 +39,7 @@ RIGHT = [
 ]
 
 WRONG = [
-    ("10.1", 16, "How many of the processes"),
+    ("10.1", 16, "How many processes read"),
     ("10.1", 2, "with its accumulation"),
     ("10.1", "8", "And in the old run"),
     ("10.1", 64, "each of them needs fewer"),
