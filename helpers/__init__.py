@@ -6,6 +6,7 @@ only from files above it in this list:
     logs          keep the libraries' progress bars and advice out of outputs
     profiles      which model, on which device, in which number format, and why
     data          the course's own 684 messages and their tickets
+    rules         tickets without a language model: what fine-tuning has to beat
     readers       read JSONL, CSV and Parquet files
     rows          check the rows of a file, and bring them into one shape
     chat          a chat -> token ids; only the template writes control tokens
@@ -17,9 +18,11 @@ only from files above it in this list:
     weights       fetch, check, convert and cache the model
     tiny          tiny models of random weights, for tests and rehearsals
     workarounds   bugs of the libraries, each with its link
+    methods       PEFT's methods side by side
     models        load models and tokenizers
     training      thin over transformers' Trainer and PEFT
     evaluation    answers, scores, losses
+    prompting     examples in the prompt, and answers held to a schema
     adapters      the fine-tuned adapter that notebooks share
     memory        the memory of a training step: planned, simulated, measured
     plotting      every chart, in one style
@@ -31,6 +34,7 @@ only from files above it in this list:
     card          the model card of a run
     pipeline      a run from its settings to its model card
     finetune      the training as a command: python -m helpers.finetune
+    experiments   recorded runs: python -m helpers.experiments
     notebooks     run notebooks and store their outputs: python -m helpers notebooks
     __main__      set-up: python -m helpers start | test | notebooks
 """

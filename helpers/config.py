@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 from helpers import CourseError
-from helpers.profiles import METHODS, PROFILES
+from helpers.profiles import FLOAT_FORMATS, METHODS, PROFILES
 from helpers.tracking import MODES
 
 
@@ -42,6 +42,10 @@ class RunConfig:
     ] = None
     profile: Annotated[
         str | None, Option("model, precision, sizes (default: by machine)", None, tuple(PROFILES))
+    ] = None
+    precision: Annotated[
+        str | None,
+        Option("number format to compute in (default: by machine)", None, tuple(FLOAT_FORMATS)),
     ] = None
     method: Annotated[str | None, Option("default: by profile", None, METHODS)] = None
     epochs: Annotated[float | None, Option("passes over the training rows", "N")] = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers.chat import ChatEncoder
 from helpers.encoding import (
@@ -45,6 +45,7 @@ def generate_answers(
     max_new_tokens: int = 64,
     batch_size: int = 32,
     progress: bool = False,
+    new_logits_processor: Callable[[], LogitsProcessor] | None = None,
 ) -> list[str]:
     """Answer each prompt greedily (the likeliest token at each step), in the order given.
 
@@ -56,6 +57,8 @@ def generate_answers(
         max_new_tokens: where an answer is cut that does not end by itself; earlier where the model
             can read no more.
         progress: show a bar.
+        new_logits_processor: makes what restricts the next token, one for each batch (see
+            `helpers.prompting`).
     """
     ids = encode_prompts(prompts, tokenizer)
     longest_first = sorted(range(len(ids)), key=lambda index: -len(ids[index]))
@@ -83,6 +86,7 @@ def generate_answers(
                     use_cache=True,
                     eos_token_id=stop_token_ids(tokenizer),
                     pad_token_id=tokenizer.pad_token_id,
+                    logits_processor=[new_logits_processor()] if new_logits_processor else None,
                 )
             new = output[:, padded["input_ids"].shape[1] :]
             for index, row in zip(batch, new, strict=True):

@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from helpers import (
     card,
@@ -144,7 +145,7 @@ def resolve(config: RunConfig) -> Run:
         "profile": dataclasses.asdict(profile),
         "processes": processes.num_processes,
     }
-    record |= {"versions": _versions(), "machine": _machine(profile)}
+    record |= {"versions": versions(), "machine": _machine(profile)}
     checkpoint, seconds = None, 0.0
     if old is not None:
         _require_same(config, old, processes.num_processes)
@@ -225,6 +226,9 @@ def _pick(config: RunConfig, old: dict[str, Any] | None) -> profiles.Profile:
         profile = profiles.pick_profile(config.profile)
         if config.model and config.model != profile.model_id:
             print(f"model     {config.model} instead: asked for")
+        if config.precision and config.precision != profile.precision:
+            print(f"precision {config.precision} instead: asked for")
+            profile = _in_precision(profile, config.precision)
         return profile
     stored = old["profile"]
     profile = profiles.Profile(**stored | {"target_modules": tuple(stored["target_modules"])})
@@ -232,6 +236,13 @@ def _pick(config: RunConfig, old: dict[str, Any] | None) -> profiles.Profile:
         raise UsageError("This run was started on a GPU, and none is here. Resume it on one.")
     print(f"resuming  {profile.model_id} on {profile.device} in {profile.precision}, as it began")
     return profile
+
+
+def _in_precision(profile: profiles.Profile, precision: str) -> profiles.Profile:
+    attention = profile.attn_implementation
+    if profiles.PROFILES[profile.name].attn_implementation == "auto":
+        attention, _ = profiles.pick_attention(profile.device, precision)
+    return dataclasses.replace(profile, precision=precision, attn_implementation=attention)
 
 
 def _with_settings(profile: profiles.Profile, config: RunConfig, method: str) -> profiles.Profile:
@@ -265,6 +276,7 @@ def _settings(config: RunConfig, profile: profiles.Profile, method: str) -> dict
         **_files(config),
         "model": profile.model_id,
         "profile": profile.name,
+        "precision": profile.precision,
         "method": method,
         "epochs": profile.epochs,
         "learning_rate": profile.learning_rate,
@@ -331,7 +343,7 @@ def _find_checkpoint(output: Path, run_id: str) -> tuple[Path | None, float]:
     return newest, facts["seconds"]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
     return {"python": platform.python_version()} | {
         name: importlib.metadata.version(name) for name in names
@@ -371,8 +383,12 @@ class Prepared:
     base_answers: list[str]
 
 
-def prepare(run: Run) -> Prepared:
-    """Check the rows, the model and the disk, write run.json, and load the model."""
+def prepare(run: Run, adapt: Callable[[Any], Any] | None = None) -> Prepared:
+    """Check the rows, the model and the disk, write run.json, and load the model.
+
+    Args:
+        adapt: makes the loaded model one to train, in place of the LoRA adapter of the settings.
+    """
     settings, profile = run.settings, run.profile
     loaded = _load_rows(run)
     tokenizer = models.load_tokenizer(profile)
@@ -410,7 +426,9 @@ def prepare(run: Run) -> Prepared:
     _require_causal(model, profile)
     answers = _answer(run, model, tokenizer, loaded, features) if "test" in loaded else []
     set_seed(settings["seed"])
-    if settings["method"] != "full":
+    if adapt is not None:
+        model = adapt(model)
+    elif settings["method"] != "full":
         model = training.add_adapter(
             model,
             profile,
@@ -527,8 +545,20 @@ class Trained:
     validation_rows: int
 
 
-def train(run: Run, prepared: Prepared) -> Trained:
-    """Train, from the start or from the checkpoint."""
+def train(
+    run: Run,
+    prepared: Prepared,
+    callbacks: Sequence[TrainerCallback] = (),
+    arguments: Mapping[str, Any] = {},
+    **options: Any,
+) -> Trained:
+    """Train, from the start or from the checkpoint.
+
+    Args:
+        callbacks: besides the line of progress.
+        arguments: of `TrainingArguments`, in place of the run's own.
+        options: of `Trainer` itself, such as `optimizers`.
+    """
     settings, profile, processes = run.settings, run.profile, run.processes
     watched = prepared.features["validation"].shuffle(seed=0)
     count, eval_batch_size = _evaluation_batches(
@@ -537,7 +567,18 @@ def train(run: Run, prepared: Prepared) -> Trained:
     watched = watched.select(range(count))
     print(f"while training, the validation loss is that of {count} rows")
     rows_per_batch = profile.batch_size * processes.num_processes
-    arguments = training.training_arguments(
+    values: dict[str, Any] = {
+        "seed": settings["seed"],
+        "gradient_accumulation_steps": settings["accumulation"],
+        "per_device_eval_batch_size": eval_batch_size,
+        "save_total_limit": None,  # ResumableTrainer deletes, and only what this run wrote
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+        "report_to": tracking.report_to(run.tracking, run.output),
+    }
+    made = training.training_arguments(
         profile,
         run.output,
         training.optimizer_steps(
@@ -546,25 +587,18 @@ def train(run: Run, prepared: Prepared) -> Trained:
             profile.epochs,
             settings["accumulation"],
         ),
-        seed=settings["seed"],
-        gradient_accumulation_steps=settings["accumulation"],
-        per_device_eval_batch_size=eval_batch_size,
-        save_total_limit=None,  # ResumableTrainer deletes, and only what this run wrote
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        include_num_input_tokens_seen="non_padding",
-        ddp_find_unused_parameters=False,  # every adapter takes part in every step
-        report_to=tracking.report_to(run.tracking, run.output),
+        **values | dict(arguments),
     )
     trainer = training.make_trainer(
         prepared.model,
-        arguments,
+        made,
         prepared.features["train"],
         watched,
         prepared.tokenizer,
-        (training.Progress(),),
+        (training.Progress(), *callbacks),
         checkpoints.ResumableTrainer,
         run_id=run.id,
+        **options,
     )
     trainer.timer.seconds = run.seconds
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)

@@ -6,7 +6,10 @@ tests/test_workarounds.py fails and the workaround goes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from peft import PeftModel, PeftType
 from transformers import PreTrainedModel
 
 
@@ -15,6 +18,7 @@ def apply_workarounds(model: PreTrainedModel) -> PreTrainedModel:
     leave_casting_to_autocast()
     keep_four_bit_weights_trainable(model)
     make_output_input_contiguous(model)
+    place_virtual_tokens(model)
     return model
 
 
@@ -68,6 +72,58 @@ def leave_casting_to_autocast() -> None:
 
     cast_without_autocast._original = cast  # type: ignore[attr-defined]
     BaseTunerLayer._cast_input_dtype = cast_without_autocast
+
+
+def place_virtual_tokens(model: torch.nn.Module) -> None:
+    """Let prompt tuning and prefix tuning compute what they mean.
+
+    PEFT hands on the KV cache as `past_key_values`, which transformers now calls `cache`. In
+    `generate` this has no error: the prefix is left out, and the virtual tokens of prompt tuning
+    are inserted again before every new token. Besides, PEFT lengthens labels that `logits_to_keep`
+    has cut, and padding on the left comes between virtual tokens and text, so that the loss of a
+    row depends on the rows beside it.
+    Holds for peft 0.21 with transformers 5.24; not reported.
+    """
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return
+    if hasattr(model, "_places_virtual_tokens"):
+        return
+    is_prefix = model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+
+    def correct_inputs(
+        _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("past_key_values") is not None:
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        mask = kwargs.get("attention_mask")  # (rows, virtual tokens + padding + text)
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if mask is not None:
+            length = (embeddings if ids is None else ids).shape[1]
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
+        if kwargs.get("labels") is not None and (keep := kwargs.get("logits_to_keep")):
+            kwargs["labels"] = kwargs["labels"][:, -keep:]
+        return args, kwargs
+
+    def prepare_inputs_for_generation(input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs = model.base_model_prepare_inputs_for_generation(input_ids, **kwargs)
+        ids, mask, cache = inputs["input_ids"], inputs.get("attention_mask"), inputs.get("cache")
+        inputs.pop("position_ids", None)  # they do not count the virtual tokens
+        if mask is not None:  # it is left out where nothing is padded
+            virtual = mask.new_ones(len(mask), model.active_peft_config.num_virtual_tokens)
+            inputs["attention_mask"] = torch.cat([virtual, mask], dim=1)
+        if not kwargs.get("use_cache") or cache is None or cache.get_seq_length() == 0:
+            prompt = model.get_prompt(len(ids))
+            if is_prefix:
+                inputs["cache"] = prompt
+            else:
+                text = model.word_embeddings(ids)
+                inputs["inputs_embeds"] = torch.cat([prompt.to(text.dtype), text], dim=1)
+                inputs["input_ids"] = None
+        return inputs
+
+    model.get_base_model().register_forward_pre_hook(correct_inputs, with_kwargs=True)
+    model.prepare_inputs_for_generation = prepare_inputs_for_generation
+    model._places_virtual_tokens = True
 
 
 def patch_falcon() -> None:

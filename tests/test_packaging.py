@@ -107,7 +107,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             modules.add(node.module.split(".")[0])
     modules -= sys.stdlib_module_names | {"helpers"}
-    return {canonicalize_name(DISTRIBUTIONS[module][0]) for module in modules}
+    return {canonicalize_name(DISTRIBUTIONS.get(module, [module])[0]) for module in modules}
 
 
 # helpers/notebooks.py runs notebooks: a tool, whose libraries are with the test tools.
@@ -122,7 +122,7 @@ TOOLS = {"helpers/notebooks.py": {"nbformat", "nbclient"}}
 def test_every_import_is_declared(path: Path) -> None:
     tools = TOOLS.get(path.relative_to(ROOT).as_posix(), set())
     assert tools <= names(EXTRAS["test"])
-    declared = names(PROJECT["dependencies"]) | names(EXTRAS["wandb"]) | tools
+    declared = names(PROJECT["dependencies"]) | names(EXTRAS["wandb"] + EXTRAS["record"]) | tools
     assert imported(path) <= declared
 
 

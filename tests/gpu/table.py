@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 import sys
 import tempfile
@@ -190,6 +191,7 @@ def main() -> int:
     print("| rows per step | planned | measured peak | tokens per second | losses |")
     print("|---|---|---|---|---|")
     for rows in options.batches:
+        gc.collect()  # the model before is in cycles, and would count into the next one's peak
         torch.cuda.empty_cache()
         one = dataclasses.replace(profile, batch_size=rows)
         run, planned = falcon_run(falcon_7b(), one, options.steps, options.length)

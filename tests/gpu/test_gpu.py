@@ -5,6 +5,7 @@ share is known to run at all.
 """
 
 import dataclasses
+import gc
 import math
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def profile() -> profiles.Profile:
 @pytest.fixture(scope="module")
 def falcon(profile: profiles.Profile) -> tuple[Run, memory.Plan]:
     """Twenty steps of QLoRA on a Falcon-7B of random weights, 512 tokens each."""
+    gc.collect()
     torch.cuda.empty_cache()
     run, planned = falcon_run(falcon_7b(), profile, steps=20, length=512)
     name, total = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory
