@@ -23,7 +23,7 @@ only from files above it in this list:
     training      thin over transformers' Trainer and PEFT
     evaluation    answers, scores, losses
     prompting     examples in the prompt, and answers held to a schema
-    adapters      the fine-tuned adapter that notebooks share
+    adapters      the fine-tuned adapter: a learner's own, or the course's
     memory        the memory of a training step: planned, simulated, measured
     plotting      every chart, in one style
     drawings      every drawing of an idea, in one style
@@ -34,6 +34,13 @@ only from files above it in this list:
     card          the model card of a run
     pipeline      a run from its settings to its model card
     finetune      the training as a command: python -m helpers.finetune
+    commands      what the commands share: options, one-line errors
+    scored        a finished run or adapter, loaded as it was scored
+    parity        are served answers the scored ones?
+    convert       a model or an adapter -> GGUF
+    serving       llama.cpp in this process, and its endpoint
+    export        merged or as GGUF: python -m helpers.export
+    answer        a message, a file, a chat: python -m helpers.answer
     experiments   recorded runs: python -m helpers.experiments
     notebooks     run notebooks and store their outputs: python -m helpers notebooks
     __main__      set-up: python -m helpers start | test | notebooks

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -24,13 +25,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def pins(name: str) -> dict[str, str]:
-    """{package: version} of a requirements file; every line must be an exact pin."""
+    """{package: version} of a requirements file; every line must be an exact pin.
+
+    A pin may be for some systems only; on others it is left out here too.
+    """
     found = {}
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if not line or line.startswith(("#", "-")):
             continue
-        package, exact = re.fullmatch(r"([\w.-]+)==([\w.]+)", line).groups()
-        found[canonicalize_name(package)] = exact
+        pin, _, marker = line.partition("; ")
+        package, exact = re.fullmatch(r"([\w.-]+)==([\w.]+)", pin).groups()
+        if not marker or Marker(marker).evaluate():
+            found[canonicalize_name(package)] = exact
     return found
 
 
@@ -39,7 +45,7 @@ COURSE, TEST, REST = (
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-LAPTOP = PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["wandb"]
+LAPTOP = PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["wandb"] + EXTRAS["serve"]
 
 
 def names(ranges: list[str]) -> set[str]:
@@ -54,6 +60,9 @@ def names(ranges: list[str]) -> set[str]:
 )
 def test_every_pin_lies_in_its_range(pinned: dict[str, str], ranges: list[str]) -> None:
     requirements = {canonicalize_name(r.name): r for r in map(Requirement, ranges)}
+    requirements = {
+        name: r for name, r in requirements.items() if not r.marker or r.marker.evaluate()
+    }
     assert requirements.keys() == pinned.keys()
     outside = {name for name, exact in pinned.items() if exact not in requirements[name].specifier}
     assert not outside
@@ -122,7 +131,11 @@ TOOLS = {"helpers/notebooks.py": {"nbformat", "nbclient"}}
 def test_every_import_is_declared(path: Path) -> None:
     tools = TOOLS.get(path.relative_to(ROOT).as_posix(), set())
     assert tools <= names(EXTRAS["test"])
-    declared = names(PROJECT["dependencies"]) | names(EXTRAS["wandb"] + EXTRAS["record"]) | tools
+    declared = (
+        names(PROJECT["dependencies"])
+        | names(EXTRAS["wandb"] + EXTRAS["record"] + EXTRAS["serve"])
+        | tools
+    )
     assert imported(path) <= declared
 
 
@@ -199,8 +212,11 @@ def test_the_command_line_allows_the_same_pythons_as_the_package() -> None:
 
 def test_the_readme_gives_the_commands_and_sizes_that_hold() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in ("start", "test", "test --quick"):
+    for command in ("start", "test"):
         assert f"\npython -m helpers {command}\n" in readme
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for command in ("test", "test --quick"):
+        assert f"\npython -m helpers {command}\n" in contributing
     for download, disk in command_line.BUILDS.values():
         assert f" | {download} GB | {disk} GB | " in readme
     assert "@" not in re.sub(r"`[^`]*`", "", readme), "a figure is still to be filled in"
