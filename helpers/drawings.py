@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Polygon, Rectangle
+from PIL import PngImagePlugin
 
 from helpers import CourseError
 from helpers.plotting import BLUE, GREEN, GREY, ORANGE
@@ -791,6 +793,50 @@ DRAWINGS: dict[str, Drawing] = {
 NAMES = tuple(DRAWINGS)
 
 
+def result(
+    message: str,
+    answers: Sequence[tuple[str, str, bool]],
+    scores: Sequence[tuple[str, float]],
+    rows: int,
+) -> Figure:
+    """The course's result in one picture, for the README.
+
+    Args:
+        message: of a customer.
+        answers: (who answers, the answer, whether it is right), from the top to the bottom.
+        scores: (who answers, fraction of tickets that are right).
+        rows: messages that were scored.
+    """
+    sheet = _Sheet(96 + 74 * len(answers))
+    sheet.text(24, 26, "a customer writes", bold=True, ha="left")
+    sheet.box(24, 40, 452, 32, message, mono=True, size=9)
+    for number, (name, answer, right) in enumerate(answers):
+        top = 84 + 74 * number
+        sheet.text(24, top + 10, name, size=9, ha="left", bold=right)
+        lines = answer.replace(',"product"', ',\n"product"').split("\n")
+        text = "\n".join([part for line in lines for part in textwrap.wrap(line, 62)][:2])
+        sheet.box(24, top + 20, 424, 42, text, "check" if right else "frozen", mono=True, size=8)
+        sheet.text(462, top + 41, "✓" if right else "✗", 14, GREEN if right else GREY, bold=True)
+    sheet.line([(496, 24), (496, sheet.height - 24)], FAINT)
+    sheet.text(516, 26, "tickets right in every field", bold=True, ha="left")
+    sheet.text(516, 46, f"of {rows} unseen messages", size=9, ha="left")
+    for number, (name, fraction) in enumerate(scores):
+        top = 84 + 74 * number
+        best = fraction == max(score for _, score in scores)
+        sheet.text(516, top + 10, name, size=9, ha="left", bold=best)
+        if fraction:
+            sheet.box(516, top + 20, 140 * fraction, 28, "", "trained" if best else "frozen", 2)
+        sheet.text(522 + 140 * fraction, top + 34, f"{fraction:.0%}", 11, bold=best, ha="left")
+    return sheet.figure
+
+
+def picture(figure: Figure, description: str) -> bytes:
+    """A drawing as the bytes of a PNG file, with a text in it that says what it shows."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Description", description)
+    return _png(figure, pnginfo=notes)
+
+
 class _Picture(Image):
     """A PNG whose plain text is its text alternative."""
 
@@ -798,12 +844,12 @@ class _Picture(Image):
         return self.alt
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, **options: object) -> bytes:
     """The figure as a PNG of at most 256 colors: less than half the size, and it looks the same."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     picture = PIL.Image.open(buffer).convert("RGB")
-    picture.quantize(256, dither=PIL.Image.Dither.NONE).save(small, "PNG", optimize=True)
+    picture.quantize(256, dither=PIL.Image.Dither.NONE).save(small, "PNG", optimize=True, **options)
     return small.getvalue()
 
 

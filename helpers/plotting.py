@@ -181,6 +181,76 @@ def fractions(
     return figure
 
 
+def ladder(
+    scores: Mapping[str, Sequence[float]],
+    title: str,
+    xlabel: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+    highlight: Sequence[str] = (),
+) -> Figure:
+    """Draw one line per name: a bar up to the mean, a dot for each run, an interval.
+
+    Args:
+        scores: {"rules": [0.53], "lora": [0.76, 0.75, 0.80]}, fractions from 0 to 1, drawn from the
+            first name at the top to the last.
+        title: the finding.
+        xlabel: what was scored, in percent.
+        intervals: (low, high) of some names, drawn around the mean.
+        highlight: names whose bars are colored.
+    """
+    figure, axes = _axes(title, xlabel, "")
+    for line, (name, seen) in enumerate(scores.items()):
+        mean, color = sum(seen) / len(seen), BLUE if name in highlight else GREY
+        low, high = (intervals or {}).get(name, (mean, mean))
+        axes.barh(line, 100 * mean, 0.62, color=color, alpha=0.55)
+        axes.plot([100 * low, 100 * high], [line, line], color=INK, linewidth=1.2, marker="|")
+        if len(seen) > 1:
+            places = [line + 0.16 * (n - (len(seen) - 1) / 2) for n in range(len(seen))]
+            axes.plot([100 * x for x in seen], places, "o", color=color, markersize=4)
+        right = 100 * max(high, *seen)
+        axes.text(right + 1.5, line, f"{100 * mean:.0f} %", va="center", color=INK, fontsize=9)
+    axes.set_yticks(range(len(scores)), list(scores))
+    axes.set_ylim(len(scores) - 0.5, -0.5)
+    axes.set_xlim(0, 104)
+    axes.grid(False, axis="y")
+    figure.set_size_inches(7.6, 0.9 + 0.34 * len(scores))
+    return figure
+
+
+def spread(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    title: str,
+    xlabel: str,
+    ylabel: str = "exact match (%)",
+    doubling: bool = False,
+) -> Figure:
+    """Draw scores against an amount: a line through the means, a dot a run, a band around them.
+
+    Args:
+        curves: {"lora": {16: [0.14, 0.10], 32: [0.18, 0.2]}, "rules": ...}, fractions from 0 to 1.
+        title: the finding.
+        doubling: equal distances on the horizontal axis stand for equal ratios.
+    """
+    figure, axes = _axes(title, xlabel, ylabel)
+    looks = cycle([(BLUE, "o", "-"), (ORANGE, "D", "--"), (GREEN, "^", "-."), (RED, "s", ":")])
+    for (name, values), (color, marker, dashes) in zip(curves.items(), looks, strict=False):
+        amounts = sorted(values)
+        seen = [[100 * score for score in values[amount]] for amount in amounts]
+        means = [sum(scores) / len(scores) for scores in seen]
+        axes.plot(amounts, means, color=color, linestyle=dashes, marker=marker, label=name)
+        low, high = ([pick(scores) for scores in seen] for pick in (min, max))
+        axes.fill_between(amounts, low, high, color=color, alpha=0.18, linewidth=0)
+        for amount, scores in zip(amounts, seen, strict=True):
+            axes.plot([amount] * len(scores), scores, ".", color=color, markersize=4)
+    if doubling:
+        ticks = sorted({amount for values in curves.values() for amount in values})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.set_ylim(0, 100)
+    _legend(axes)
+    return figure
+
+
 def lines(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,

@@ -81,10 +81,10 @@ PROFILES = {
         quantized=False,
         target_modules=LLAMA_LINEAR,
         lora_rank=16,
-        learning_rate=2e-3,
+        learning_rate=1e-3,
         batch_size=4,
         eval_batch_size=32,
-        epochs=3,
+        epochs=8,
         max_length=512,
     ),
     "falcon-7b": Profile(

@@ -19,6 +19,15 @@ CHARTS = {
         "Title",
         intervals={"tuned": {"a": (0.5, 0.7), "b": (0.9, 1.0)}},
     ),
+    "ladder": lambda: plotting.ladder(
+        {"rules": [0.5], "lora": [0.7, 0.8]}, "Title", "x", {"rules": (0.4, 0.6)}, ["lora"]
+    ),
+    "spread": lambda: plotting.spread(
+        {"rules": {16: [0.2], 32: [0.3]}, "lora": {16: [0.1, 0.2], 32: [0.4, 0.5]}},
+        "Title",
+        "x",
+        doubling=True,
+    ),
     "lines": lambda: plotting.lines({"x": ([1, 2], [3, 4])}, "Title", "x", "y"),
     "bars": lambda: plotting.bars({"x": 1.0, "y": 2.0}, "Title", "x"),
     "trade_off": lambda: plotting.trade_off({"x": ([1, 2], [3, 4])}, "Title", "x", "y"),
@@ -52,7 +61,17 @@ def test_a_chart_shows_itself_as_a_png(name: str) -> None:
     figure = CHARTS[name]()
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert "Title" in titles(figure) or name == "memory_plan"
-    if name in ("loss_curves", "lines", "bars", "points", "ranges", "trade_off"):
+    with_axis = (
+        "loss_curves",
+        "lines",
+        "bars",
+        "points",
+        "ranges",
+        "trade_off",
+        "ladder",
+        "spread",
+    )
+    if name in with_axis:
         assert figure.axes[0].get_xlabel()
 
 
@@ -79,3 +98,20 @@ def test_charts_change_no_setting_and_need_neither_pyplot_nor_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_a_ladder_shows_means_runs_and_intervals() -> None:
+    axes = CHARTS["ladder"]().axes[0]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([50, 75])
+    assert {text.get_text() for text in axes.texts} == {"50 %", "75 %"}
+    drawn = [list(line.get_xdata()) for line in axes.lines]
+    assert any(x == pytest.approx([40, 60]) for x in drawn)
+    assert any(x == pytest.approx([70, 80]) for x in drawn)
+
+
+def test_a_spread_shows_the_means_and_every_run() -> None:
+    axes = CHARTS["spread"]().axes[0]
+    drawn = [list(line.get_ydata()) for line in axes.lines]
+    assert any(y == pytest.approx([15, 45]) for y in drawn)
+    assert any(y == pytest.approx([40, 50]) for y in drawn)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32"]

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from helpers.exercises import Exercise, close, number
+from helpers.exercises import Exercise, number
 
 STEPS, WARMUP, PEAK = 100, 10, 2e-3
-LOSSES, TOKENS = [0.5, 0.1, 0.4], [10, 80, 20]
+RATES = (1e-4, 1e-3, 1e-2, 1e-1)
+FIRST = (2.3643, 2.5352, 2.5583, 2.7310)  # losses of the recorded run; bf16 is off by up to 0.07
+CLOSE = 0.1  # nats, within which two losses are of the same rows
+
+
+def _losses(answer: dict[float, Any], rate: float) -> list[float]:
+    """The losses at a rate, or the last of them alone."""
+    given = next(value for key, value in answer.items() if math.isclose(number(key), rate))
+    return [number(loss) for loss in (given if isinstance(given, Sequence) else [given])]
+
+
+def _last(answer: dict[float, Any]) -> list[float]:
+    return [_losses(answer, rate)[-1] for rate in RATES]
+
+
+def _begin_apart(answer: dict[float, Any]) -> bool:
+    every = [_losses(answer, rate) for rate in RATES]
+    firsts = [losses[0] for losses in every if len(losses) > 1]
+    return bool(firsts) and max(firsts) - min(firsts) > CLOSE
+
+
+def _range_is_seen(answer: dict[float, Any]) -> bool:
+    low, best, high, highest = _last(answer)
+    return not _begin_apart(answer) and best < 1.5 < low < 3 < highest and best < high
 
 
 def _cosine(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -22,44 +46,55 @@ def _rates(schedule: Callable[..., float]) -> list[float]:
 
 
 def _same(schedule: Callable[..., float]) -> bool:
-    wanted = _rates(_cosine)
+    expected = _rates(_cosine)
     return all(
         math.isclose(got, want, rel_tol=1e-6, abs_tol=1e-12)
-        for got, want in zip(_rates(schedule), wanted, strict=True)
+        for got, want in zip(_rates(schedule), expected, strict=True)
     )
 
 
-def _loss(mean: Callable[..., float]) -> float:
-    return number(mean(list(LOSSES), list(TOKENS)))
+def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
+    pairs = zip(some[:4], others[:4], strict=True)
+    return max(abs(number(one) - number(other)) for one, other in pairs)
 
 
 EXERCISES = {
     "05.1": Exercise(
         task=(
-            "456 rows, batches of 4, gradients accumulated over 2 batches, 3 epochs: how many "
-            "optimizer steps is that? Set answer to the number."
+            "Which learning rate? Run the loop of section 3 for six steps at a constant rate, "
+            "without the schedule, each time from new_model(): at 1e-4, 1e-3, 1e-2 and 1e-1. Set "
+            "answer_1 to {rate: [its six losses], ...}. It takes about a minute. Which rate would "
+            "you choose?"
         ),
-        right=lambda answer: close(answer, 171, 0),
-        praise="114 batches an epoch, two to a step, three times: 57 x 3.",
+        right=_range_is_seen,
+        praise=(
+            "1e-3 falls fast, 1e-4 hardly moves, and the others leap up. A minute of this saves "
+            "many runs of an hour."
+        ),
         hints=[
             (
-                lambda answer: close(answer, 342, 0),
-                "That counts batches. How many batches go into one optimizer step?",
+                lambda answer: not isinstance(answer, dict) or len(answer) < 4,
+                "It takes all four rates, in a dictionary: {1e-4: [...], 1e-3: [...], ...}.",
             ),
             (
-                lambda answer: close(answer, 57, 0),
-                "That is one epoch. How often are the rows read?",
+                _begin_apart,
+                "The first losses differ, and they should not: each rate begins with a "
+                "new_model(), and an optimizer that has its parameters.",
             ),
             (
-                lambda answer: close(answer, 1368, 0),
-                "That is how often a row is read. How many rows go into one step?",
+                lambda answer: max(_last(answer)) - min(_last(answer)) < 0.3,
+                "All four end alike. Does the optimizer get the rate, and does it step?",
             ),
             (
-                lambda answer: close(answer, 684, 0),
-                "Accumulation makes fewer steps of more rows each: divide by it once more.",
+                lambda answer: _last(answer)[1] > 1.5,
+                "At 1e-3 next to nothing was learned. Is the rate still warming up? Leave out the "
+                "schedule.",
             ),
         ],
-        otherwise="Count the batches of one epoch first, then the steps, then all epochs.",
+        otherwise=(
+            "Start each rate with new_model().train(), hand its parameters and the rate to AdamW, "
+            "and take batches[:6] in their order."
+        ),
     ),
     "05.2": Exercise(
         task=(
@@ -102,30 +137,41 @@ EXERCISES = {
     ),
     "05.3": Exercise(
         task=(
-            "A batch was done in three parts. You know the mean loss of each part and how many "
-            "answer tokens it has. Write mean_loss(losses, tokens): the loss of the whole batch."
+            "Make four steps, each time from new_model(), with (per_device_train_batch_size, "
+            "gradient_accumulation_steps) = (4, 1), (1, 4) and (1, 1). Set answer_3 to the three "
+            "lists of losses. dataclasses.replace(arguments, ...) changes settings; see section 8."
         ),
-        right=lambda f: math.isclose(_loss(f), 21 / 110, rel_tol=1e-6),
-        praise="Every token counts the same, wherever it stood. That is num_items_in_batch.",
+        right=lambda answer: (
+            [len(losses) for losses in answer] == [4, 4, 4]
+            and _apart(answer[0], FIRST) < CLOSE
+            and _apart(answer[1], FIRST) < CLOSE
+            and _apart(answer[2], FIRST) > CLOSE
+        ),
+        praise="Four rows at once or one by one: the losses are equal, and so is the run.",
         hints=[
             (
-                lambda f: math.isclose(_loss(f), sum(LOSSES) / 3, rel_tol=1e-6),
-                "That gives a part of 10 tokens the same say as one of 80.",
+                lambda answer: len(answer) != 3,
+                "It takes three lists of losses, in the order (4, 1), (1, 4), (1, 1).",
             ),
             (
-                lambda f: math.isclose(_loss(f), sum(LOSSES), rel_tol=1e-6),
-                "A sum grows with the number of parts. The loss is a mean over tokens.",
+                lambda answer: any(len(losses) != 4 for losses in answer),
+                "Each list has the losses of four optimizer steps: end the run by FirstSteps(4).",
             ),
             (
-                lambda f: math.isclose(_loss(f), 21.0, rel_tol=1e-6),
-                "That is the sum over all tokens. What remains to make it a mean?",
+                lambda answer: _apart(answer[0], FIRST) > CLOSE,
+                "The first run does not begin as the recorded one. Has its model been trained "
+                "before?",
             ),
             (
-                lambda f: math.isclose(_loss(f), 7.0, rel_tol=1e-6),
-                "You divided the sum over all tokens by the number of parts, not of tokens.",
+                lambda answer: _apart(answer[1], FIRST) > CLOSE,
+                "The second run sees other rows than the first. Four batches of one row make a "
+                "step: is gradient_accumulation_steps 4?",
+            ),
+            (
+                lambda answer: _apart(answer[2], FIRST) < CLOSE,
+                "The third run sees the rows of the first. One row a step: both settings are 1.",
             ),
         ],
-        otherwise="Undo each mean first: loss times tokens is the sum over the tokens of a part.",
-        trial=lambda f: f(list(LOSSES), list(TOKENS)),
+        otherwise="Read the losses with training.curves(trainer)[0], which gives [step, loss].",
     ),
 }

@@ -1,4 +1,4 @@
-"""The exercises of notebook 08: intervals, verdicts, perplexity, 4-bit merging."""
+"""The exercises of notebook 08: intervals, verdicts, half an update, two formats of 16 bits."""
 
 from __future__ import annotations
 
@@ -7,55 +7,49 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from helpers.exercises import Exercise, close, holds, number, says
+from helpers.exercises import Exercise, close, number, says
 
-# -- 08.1: an interval -------------------------------------------------------------------------
+# -- 08.1: how many messages a narrower interval takes ------------------------------------------
 
-
-def _as_fraction(value: Any) -> float:
-    """0.596, 59.6 or "59.6 %" as a fraction from 0 to 1."""
-    value = number(value)
-    return value / 100 if value > 1.5 else value
-
-
-def _pair(answer: Any, low: float, high: float) -> bool:
-    first, second = (_as_fraction(part) for part in answer)
-    return math.isclose(first, low, abs_tol=0.006) and math.isclose(second, high, abs_tol=0.006)
-
-
-INTERVAL = Exercise(
+MESSAGES = Exercise(
     task=(
-        "A model gets 9 of 10 messages right. Between which two fractions does its true score "
-        "lie, with 95 % confidence? Use Wilson's formula, and give a pair such as (0.2, 0.7)."
+        "In section 4, change the loop over numbers of messages. A model that is right on 75 % of "
+        "100, 200, 300, ... messages: from how many on is the lower end of its 95 % interval "
+        "above 70 %?"
     ),
-    right=lambda answer: _pair(answer, 0.596, 0.982),
-    praise="Nine of ten sounds like 90 %, and a model that is right 60 % of the time can do it.",
+    right=lambda answer: close(answer, 400, relative=0.001),
+    praise=(
+        "For five points below a score it takes some four hundred messages. Whoever has 114 writes "
+        "a criterion that leaves more room."
+    ),
     hints=(
         (
-            lambda answer: _pair(answer, 0.714, 1.0) or _pair(answer, 0.714, 1.086),
-            "That is the fraction plus and minus 1.96 standard errors. Its upper end is above 1 "
-            "before you cut it off. Does Wilson's formula ever promise more than 100 %?",
+            lambda answer: close(answer, 300, relative=0.001),
+            "With 300 it is just below. Plus and minus 1.96 standard errors gives 300; what does "
+            "Wilson's formula say?",
         ),
         (
-            lambda answer: _pair(answer, 0.982, 0.596),
-            "Those are the two numbers. Which is the lower one?",
+            lambda answer: 300 < number(answer) < 400,
+            "It is between 300 and 400, but the task goes in steps of 100. Which is the first "
+            "above 70 %?",
         ),
         (
-            lambda answer: _pair(answer, 0.825, 0.945) or _pair(answer, 0.826, 0.944),
-            "That is what 90 of 100 would give. How many messages were there?",
+            lambda answer: close(answer, 100, relative=0.001),
+            "With 100 messages the whole interval is seventeen points wide. How far below 75 % is "
+            "its lower end?",
         ),
         (
-            lambda answer: _pair(answer, 0.018, 0.404),
-            "That is the interval for the fraction of wrong answers. Which one was asked for?",
+            lambda answer: 0 < number(answer) < 1,
+            "That is a fraction, perhaps the end of an interval. How many messages does it take?",
         ),
         (
-            lambda answer: holds(number, answer),
-            "An interval has two ends. Give both, as a pair (low, high).",
+            lambda answer: number(answer) > 400,
+            "That many are enough. Is a smaller number enough, too?",
         ),
     ),
     otherwise=(
-        "statistics.wilson_interval takes the fraction right and the number of messages. What "
-        "are they here?"
+        "statistics.wilson_interval(0.75, messages) gives both ends. Print the lower one for 100, "
+        "200, 300 and so on."
     ),
 )
 
@@ -123,90 +117,96 @@ WHICH = Exercise(
     ),
 )
 
-# -- 08.3: perplexity --------------------------------------------------------------------------
+# -- 08.3: half of the update ------------------------------------------------------------------
 
-PERPLEXITY = Exercise(
+HALVES = ("less than half", "half", "more than half")
+
+
+def _halves(answer: Any) -> tuple[str, ...]:
+    """The two words of an answer: about the forgetting, about the tickets."""
+    values = answer.values() if isinstance(answer, dict) else answer
+    if isinstance(values, str):
+        values = values.split(",")
+    return tuple(next(name for name in HALVES if says(value, name)) for value in values)
+
+
+HALF = Exercise(
     task=(
-        "A model reads three tokens. It had given them the probabilities 1/2, 1/4 and 1/8. "
-        "What is its perplexity on them?"
+        "Import rescale_adapter_scale from peft.helpers. Under `with rescale_adapter_scale(model, "
+        "0.5):` compute perplexities() again, and answer the 24 messages of section 6. How much "
+        "is left of the rise of perplexity, and how much of the right tickets? Give a pair of "
+        '"less than half", "half", "more than half".'
     ),
-    right=lambda answer: close(answer, 4, relative=0.005),
-    praise="The model is as surprised as if it had guessed among four equally likely tokens.",
+    right=lambda answer: _halves(answer) == ("less than half", "more than half"),
+    praise=(
+        "The forgetting shrinks faster than the skill. So the size of the update is one more "
+        "setting, which costs no training."
+    ),
     hints=(
         (
-            lambda answer: close(answer, 14 / 3, relative=0.01),
-            "That is the mean of 2, 4 and 8. Which mean do the logarithms turn into?",
+            lambda answer: _halves(answer) == ("more than half", "less than half"),
+            "Those are the two words. Which is about the perplexity, and which about the tickets?",
         ),
         (
-            lambda answer: close(answer, 24 / 7, relative=0.01),
-            "You averaged the probabilities first. What is averaged in a loss?",
+            lambda answer: _halves(answer) == ("half", "half"),
+            "Half of an update need not have half of the effect. What did the two numbers say?",
         ),
         (
-            lambda answer: close(answer, math.log(4), relative=0.01),
-            "That is the mean loss, in nats. One step is missing from there to perplexity.",
+            lambda answer: _halves(answer)[0] == "more than half",
+            "Compare rises, not perplexities: perplexity minus the base model's, with half of the "
+            "update and with all of it.",
         ),
         (
-            lambda answer: close(answer, 2, relative=0.01),
-            "That is the mean loss in bits, or the first token alone. What does perplexity do "
-            "with a mean loss?",
+            lambda answer: _halves(answer)[0] == "less than half" and len(_halves(answer)) == 2,
+            "The first is right. For the second, divide the right tickets with half of the update "
+            "by those with all of it.",
         ),
         (
-            lambda answer: close(answer, 64, relative=0.01),
-            "That is for all three tokens together. Perplexity is per token.",
-        ),
-        (
-            lambda answer: close(answer, 0.25, relative=0.01),
-            "That is a mean probability. A model that is surprised more has a higher perplexity.",
+            lambda answer: len(_halves(answer)) != 2,
+            "Two things were asked for: one about perplexity, one about tickets.",
         ),
     ),
-    otherwise="Take -log of each probability, then the mean, then exp of that.",
+    otherwise=(
+        "Measure both inside the with block, and divide by what you have without it. Answer with a "
+        'pair such as ("half", "half").'
+    ),
 )
 
-# -- 08.4: what a coarse grid does to a small update -------------------------------------------
+# -- 08.4: two formats of 16 bits --------------------------------------------------------------
 
-
-def _list(answer: Any) -> list[float]:
-    return [number(value) for value in (answer.tolist() if hasattr(answer, "tolist") else answer)]
-
-
-def _near_list(answer: Any, *expected: float) -> bool:
-    got = _list(answer)
-    return len(got) == len(expected) and all(
-        math.isclose(a, b, abs_tol=0.004) for a, b in zip(got, expected, strict=True)
-    )
-
-
-GRID = Exercise(
+FORMATS = Exercise(
     task=(
-        "A number format has only multiples of 0.1. Four parameters are stored in it: 0.3, 0.3, "
-        "-0.1, 0.2. The adapter adds 0.04, 0.06, -0.03, 0.02. What are the four parameters after "
-        "merging into that format? Give a list."
+        "Section 8 rounded a merged layer to bf16. Round it to torch.float16 instead, and compute "
+        "the mean rounding error again. How many times smaller is it than in bf16?"
     ),
-    right=lambda answer: _near_list(answer, 0.3, 0.4, -0.1, 0.2),
-    praise="Three of four updates are gone, and the fourth is larger than what was learned.",
+    right=lambda answer: close(answer, 8, relative=0.1),
+    praise=(
+        "Three more bits for the digits, so 2 x 2 x 2 times finer. What fp16 pays with is its "
+        "range: it ends at 65,504."
+    ),
     hints=(
         (
-            lambda answer: _near_list(answer, 0.34, 0.36, -0.13, 0.22),
-            "Those are the sums. Are they all multiples of 0.1?",
+            lambda answer: close(answer, 1 / 8, relative=0.1),
+            "That is the other way round: fp16's error divided by bf16's.",
         ),
         (
-            lambda answer: _near_list(answer, 0.3, 0.3, -0.1, 0.2),
-            "Those are the parameters as they were. Does every update round away? Look at each.",
+            lambda answer: close(answer, 3, relative=0.05),
+            "Three more bits is right. By how much does each of them shrink the error?",
         ),
         (
-            lambda answer: _near_list(answer, 0.4, 0.4, -0.2, 0.3),
-            "You rounded away from zero. Which multiple of 0.1 is nearest to 0.34?",
+            lambda answer: close(answer, 1, relative=0.05),
+            "The two errors are not equal. Did you round `result`, or what was rounded to bf16 "
+            "before?",
         ),
         (
-            lambda answer: _near_list(answer, 0.0, 0.1, 0.0, 0.0),
-            "You rounded the update and left out the parameter. What is stored after merging?",
-        ),
-        (
-            lambda answer: len(_list(answer)) != 4,
-            "Four parameters go in, and four come out.",
+            lambda answer: close(answer, 64, relative=0.2),
+            "That is the ratio of the squared errors. The mean of the absolute ones was asked for.",
         ),
     ),
-    otherwise="Add each update to its parameter, then round to the nearest multiple of 0.1.",
+    otherwise=(
+        "Take (result - result.to(dtype).float()).abs().mean() for both formats, and divide bf16's "
+        "by fp16's."
+    ),
 )
 
 # -- 08.5: a paired bootstrap ------------------------------------------------------------------
@@ -296,9 +296,9 @@ BOOTSTRAP = Exercise(
 )
 
 EXERCISES: dict[str, Exercise] = {
-    "08.1": INTERVAL,
+    "08.1": MESSAGES,
     "08.2": WHICH,
-    "08.3": PERPLEXITY,
-    "08.4": GRID,
+    "08.3": HALF,
+    "08.4": FORMATS,
     "08.5": BOOTSTRAP,
 }

@@ -1,4 +1,4 @@
-"""python -m helpers.experiments list | run NAME ... | verify NAME"""
+"""python -m helpers.experiments list | run NAME ... | verify NAME ... | readme"""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers.experiments", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="experiments, and how much of them is recorded")
+    actions.add_parser("readme", help="write the README's figures and its picture from the records")
     run = actions.add_parser("run", help="make the runs that are missing")
     run.add_argument("names", nargs="+", metavar="NAME")
     run.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
@@ -42,6 +43,11 @@ def _act(options: argparse.Namespace) -> int:
             done = {(record["label"], record["seed"]) for record in read(name)}
             counts = f"{len(done):>3} recorded, {len(planned - done):>3} missing"
             print(f"{name:<9} {counts}  {experiment.question}")
+        return 0
+    if options.action == "readme":
+        from helpers.experiments import readme
+
+        readme.write()
         return 0
     for name in options.names:
         if name not in EXPERIMENTS:

@@ -249,5 +249,5 @@ EXPERIMENTS = {
     "rows": Experiment("From how many labelled rows on does it pay?", rows, tested=True),
     "settings": Experiment("What do rank, alpha, targets and the rest change?", settings),
     "methods": Experiment("Which PEFT method, each at its own best rate?", methods),
-    "cures": Experiment("What helps against overfitting?", cures, "evaluation"),
+    "cures": Experiment("What helps against overfitting?", cures),
 }
