@@ -25,6 +25,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Of what Colab has, only these may be replaced: the course needs newer ones.
 NEWER = {"transformers", "peft", "accelerate", "tokenizers", "safetensors"}
 NEWER |= {"huggingface-hub", "hf-xet", "click"}  # which transformers needs newer in turn
+NEWER |= {"datasets", "pyarrow"}  # which trl needs newer
 
 
 # -- the link and the cell -----------------------------------------------------------------------
