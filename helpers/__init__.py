@@ -29,12 +29,12 @@ only from files above it in this list:
     drawings      every drawing of an idea, in one style
     widgets       explorers and live training curves
     exercises     exercises that check themselves, one file per notebook
+    commands      what the commands share: options, one-line errors
     config        the settings of a run, and its command line
     checkpoints   checkpoints that a killed run can trust, and exact resuming
     card          the model card of a run
     pipeline      a run from its settings to its model card
     finetune      the training as a command: python -m helpers.finetune
-    commands      what the commands share: options, one-line errors
     scored        a finished run or adapter, loaded as it was scored
     parity        are served answers the scored ones?
     convert       a model or an adapter -> GGUF

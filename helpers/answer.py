@@ -149,8 +149,8 @@ def load_questions(path: Path, system: str | None) -> list[dict[str, Any]]:
             row = {"prompt": row["messages"], "system": row.get("system")}
         if "messages" not in row:
             row = {"completion": "-"} | row
-        rows._require_fields(row, where)
-        shaped = rows._normalize(row, where)
+        rows.require_fields(row, where)
+        shaped = rows.normalize(row, where)
         if isinstance(reference, list):
             reference = reference[0]["content"]
         questions.append({"source": where, "prompt": shaped["prompt"], "reference": reference})

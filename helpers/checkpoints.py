@@ -53,7 +53,7 @@ def all_checkpoints(output: Path) -> list[Path]:
 def seal(folder: Path, run_id: str, **facts: Any) -> None:
     """Close a checkpoint: from now on any change of its files can be noticed."""
     files = {
-        str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)]
+        str(path.relative_to(folder)): [path.stat().st_size, sha256(path)]
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != SEAL
     }
@@ -69,7 +69,7 @@ def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
             return None
         for name, (size, digest) in content["files"].items():
             path = folder / name
-            if path.stat().st_size != size or _sha256(path) != digest:
+            if path.stat().st_size != size or sha256(path) != digest:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -86,7 +86,8 @@ def newest_good(output: Path, run_id: str) -> tuple[Path | None, list[Path]]:
     return None, passed_over
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

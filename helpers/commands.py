@@ -1,4 +1,4 @@
-"""What `helpers.answer` and `helpers.export` share as commands: options, one-line errors, codes."""
+"""What the commands share: options, errors in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ RUN_HELP = "folder of a run of helpers.finetune, of an adapter (adapter_config.j
 MODEL_HELP = "the base model, where the adapter does not name one that is to be found"
 
 
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` with `--run` and `--model`, whose errors are one line."""
+class OneLineParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(REFUSED, f"error: {message} (--help lists the options)\n")
+
+
+class Parser(OneLineParser):
+    """With `--run` and `--model`, which name a trained model."""
 
     def __init__(self, prog: str, description: str | None) -> None:
         super().__init__(
@@ -27,9 +34,6 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--run", type=Path, required=True, metavar="DIR", help=RUN_HELP)
         self.add_argument("--model", metavar="ID_OR_FOLDER", help=MODEL_HELP)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"error: {message} (--help lists the options)\n")
 
 
 def note(text: str) -> None:

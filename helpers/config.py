@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from helpers import CourseError
+from helpers.commands import OneLineParser
 from helpers.profiles import FLOAT_FORMATS, METHODS, PROFILES
 from helpers.tracking import MODES
 
@@ -114,15 +115,9 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, and the exit code of bad input."""
-        self.exit(2, f"error: {message} (--help lists the options)\n")
-
-
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The command line of `RunConfig`: an option for every field."""
-    made = _Parser(
+    made = OneLineParser(
         prog="python -m helpers.finetune",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,6 @@ from helpers.chat import ChatEncoder, EncodedChat
 from helpers.rows import DataError
 
 IGNORED = -100  # the label that the loss skips; PyTorch's and transformers' convention
-LIVE_LENGTH = 80  # tokens; live runs in notebooks learn from rows up to here, to stay short
 
 
 def split_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -152,8 +151,3 @@ def _from_first_label(feature: dict[str, Any]) -> int:
     labels = feature["labels"]
     first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
     return len(labels) - first
-
-
-def filter_by_length(features: Dataset, max_length: int) -> Dataset:
-    """The features of `encode` that are at most `max_length` tokens long."""
-    return features.select([i for i, n in enumerate(features["length"]) if n <= max_length])

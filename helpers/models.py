@@ -164,7 +164,7 @@ def inspect_model(
         total += trained
     text = config.get_text_config()
     return Inspection(
-        base_id=_base_id(profile.model_id),
+        base_id=base_id(profile.model_id),
         vocabulary_size=model.get_input_embeddings().weight.shape[0],
         context_length=getattr(text, "max_position_embeddings", None),
         target_modules=targets,
@@ -212,7 +212,7 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _base_id(model_id: str) -> str:
+def base_id(model_id: str) -> str:
     """How others know a model: its Hub id, or the name of its folder, never a path."""
     if model_id == MODEL:
         return HUB_ID
@@ -228,7 +228,7 @@ def _base_id(model_id: str) -> str:
 def is_on_the_hub(model_id: str) -> bool:
     """True if `Inspection.base_id` is a Hub id; what the course builds has none."""
     named = model_id not in TINY_MODELS and not is_folder(model_id)
-    return named or "/" in _base_id(model_id)
+    return named or "/" in base_id(model_id)
 
 
 def is_folder(model_id: str) -> bool:

@@ -9,7 +9,6 @@ loaded; what was trained is saved before it is scored.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -50,6 +49,7 @@ from helpers.evaluation import evaluating
 UNFINISHED = ".unfinished"
 FULL_LEARNING_RATE = 5e-5  # full fine-tuning moves every parameter, so it needs smaller steps
 SEED = 42
+MARGIN = 8  # tokens that scoring gives an answer beyond the longest reference
 WATCHED_ROWS = 48  # enough to see the trend while training; more would cost more than they tell
 # Everything that a run writes into its folder.
 FILES = ("run.json", "metrics.json", "history.json", "diagnosis.json", "answers.json", "README.md")
@@ -231,7 +231,7 @@ def _pick(config: RunConfig, old: dict[str, Any] | None) -> profiles.Profile:
             profile = _in_precision(profile, config.precision)
         return profile
     stored = old["profile"]
-    profile = profiles.Profile(**stored | {"target_modules": tuple(stored["target_modules"])})
+    profile = profiles.from_json(stored)
     if profile.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("This run was started on a GPU, and none is here. Resume it on one.")
     print(f"resuming  {profile.model_id} on {profile.device} in {profile.precision}, as it began")
@@ -422,7 +422,7 @@ def prepare(run: Run, adapt: Callable[[Any], Any] | None = None) -> Prepared:
         checkpoints.write_json(run.output / "run.json", run.record)
 
     set_seed(settings["seed"])
-    model = models.load_model(profile, _precision(settings["method"], profile))
+    model = models.load_model(profile, base_precision(settings["method"], profile))
     _require_causal(model, profile)
     answers = _answer(run, model, tokenizer, loaded, features) if "test" in loaded else []
     set_seed(settings["seed"])
@@ -460,7 +460,7 @@ def _load_rows(run: Run) -> dict[str, Dataset]:
         loaded = {name: rows.load_examples(path) for name, path in files.items()}
         rows.check_splits(**loaded)
     found = {
-        name: {"rows": len(loaded[name]), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        name: {"rows": len(loaded[name]), "sha256": checkpoints.sha256(path)}
         for name, path in files.items()
     }
     began = run.record.get("data", found)
@@ -523,7 +523,8 @@ def _require_disk(run: Run, checkpoint_bytes: int) -> None:
         )
 
 
-def _precision(method: str, profile: profiles.Profile) -> str:
+def base_precision(method: str, profile: profiles.Profile) -> str:
+    """The precision that the base model is loaded in: see `helpers.models.load_model`."""
     if method == "qlora":
         return "nf4"
     # In bf16 most updates of full fine-tuning are so small that rounding removes them.
@@ -700,7 +701,7 @@ def _answer(
         model,
         tokenizer,
         test.select(mine)["prompt"],
-        max_new_tokens=longest + 8,
+        max_new_tokens=longest + MARGIN,
         batch_size=run.profile.eval_batch_size,
     )
     pairs = _gather(list(zip(mine, answered, strict=True)), processes)

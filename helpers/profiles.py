@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from helpers import SPIN_COUNT, SPIN_VARIABLES, CourseError
 
@@ -52,6 +52,15 @@ class Profile:
     def dtype(self) -> torch.dtype:
         """The torch dtype of `precision`."""
         return torch_dtype(self.precision)
+
+
+def from_json(stored: dict[str, Any]) -> Profile:
+    """The profile that `dataclasses.asdict` took apart for run.json.
+
+    Raises:
+        KeyError, TypeError: it was stored by another version of the course.
+    """
+    return Profile(**stored | {"target_modules": tuple(stored["target_modules"])})
 
 
 LLAMA_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from helpers import CourseError
+from helpers.data import FIELDS
 from helpers.encoding import stop_token_ids
 from helpers.evaluation import generate_answers
 
@@ -61,7 +62,7 @@ TICKET_SCHEMA: dict[str, Any] = {
         "product": _text_or_null(40),
         "order": _text_or_null(16),
     },
-    "required": ["category", "urgency", "product", "order"],
+    "required": list(FIELDS),
     "additionalProperties": False,
 }
 

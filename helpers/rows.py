@@ -62,9 +62,9 @@ def load_examples(path: str | Path) -> Dataset:
     if not lines:
         raise DataError(f"{path}: the file has no rows. Each row is one example to learn from.")
     for where, row in lines:
-        _require_fields(row, where)
+        require_fields(row, where)
     _refuse_unknown_keys(lines)
-    return Dataset.from_list([{**_normalize(row, at), "source": at} for at, row in lines])
+    return Dataset.from_list([{**normalize(row, at), "source": at} for at, row in lines])
 
 
 # -- keys --------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def _given(row: dict[str, Any]) -> list[str]:
     return [key for key, value in row.items() if value is not None]
 
 
-def _require_fields(row: dict[str, Any], where: str) -> None:
+def require_fields(row: dict[str, Any], where: str) -> None:
     if row.get("messages") is not None:
         both = [key for key in ("prompt", "completion") if row.get(key) is not None]
         if both:
@@ -139,7 +139,7 @@ def _what_to_do(keys: Iterable[str]) -> str:
 # -- one row -----------------------------------------------------------------------------------
 
 
-def _normalize(row: dict[str, Any], where: str) -> dict[str, Any]:
+def normalize(row: dict[str, Any], where: str) -> dict[str, Any]:
     """Give any accepted shape that of {"prompt": messages, "completion": [one answer], ...}."""
     if row.get("messages") is not None or "prompt" not in row:
         messages = _chat(row["messages"], f"{where}: messages", text_allowed=False)

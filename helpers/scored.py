@@ -7,7 +7,6 @@ precision, the adapter, the chat template, the system message, and when an answe
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -22,12 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from helpers import CourseError, data, evaluation, models, profiles, rows
 from helpers.adapters import SHIPPED
 from helpers.chat import ChatEncoder
+from helpers.checkpoints import sha256
 from helpers.encoding import IGNORED, encode_row, labels_of
 from helpers.logs import quiet
-from helpers.pipeline import read_record
+from helpers.pipeline import MARGIN, base_precision, read_record
 from helpers.weights import HUB_ID, MODEL, last_line
 
-MARGIN = 8  # tokens that scoring gives an answer beyond the longest reference
 EXPORT_RECORD = "export.json"  # what helpers.export writes beside a model about its origin
 PARTS = ("adapter", "best_adapter", "model", "best_model")
 
@@ -58,9 +57,7 @@ class Found:
         named = self.profile.model_id
         if self.record and named == self.record["profile"]["model_id"] and "model" in self.record:
             return self.record["model"]["base"]
-        if named == MODEL:
-            return HUB_ID
-        return Path(named).name if models.is_folder(named) else named
+        return models.base_id(named)
 
 
 def find(folder: Path, base: str | None = None) -> Found:
@@ -94,7 +91,7 @@ def find(folder: Path, base: str | None = None) -> Found:
     is_adapter = (part / "adapter_config.json").is_file()
     profile = _profile(part, is_adapter, record, base)
     method = record["settings"]["method"] if record else "lora"
-    precision = {"qlora": "nf4", "full": "fp32"}.get(method, profile.precision)
+    precision = base_precision(method, profile)
     return Found(part, is_adapter, record, _metrics(home), profile, precision)
 
 
@@ -107,9 +104,7 @@ def _profile(
 ) -> profiles.Profile:
     if record is not None:
         try:
-            stored = record["profile"]
-            targets = tuple(stored["target_modules"])
-            profile = profiles.Profile(**stored | {"target_modules": targets})
+            profile = profiles.from_json(record["profile"])
         except (KeyError, TypeError) as error:
             raise CourseError(
                 f"The run.json beside {part} was written by another version of this course, or "
@@ -201,18 +196,13 @@ def load_split(found: Found, name: str) -> Dataset | None:
     named = found.record["settings"].get(name)
     if expected is None:
         return None
-    if _sha256(own) == expected:
+    if sha256(own) == expected:
         return data.load_triage()[name]
-    if named and _sha256(Path(named)) == expected:
-        return rows.load_examples(named)
-    return None
-
-
-def _sha256(path: Path) -> str | None:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        same = named and sha256(Path(named)) == expected
     except OSError:
         return None
+    return rows.load_examples(named) if same else None
 
 
 # -- the model ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_runs import ANSWERS, SYSTEM, train
 
-from helpers import answer, commands, data, evaluation, models, scored
+from helpers import answer, checkpoints, commands, data, evaluation, models, scored
 from helpers.answer import main
 from helpers.profiles import PROFILES
 
@@ -177,7 +177,7 @@ def test_a_system_message_can_be_named(
 
 def test_the_tickets_have_their_system_message(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = scored.find(run)
-    own = scored._sha256(data.DATA / "triage" / "train.jsonl")
+    own = checkpoints.sha256(data.DATA / "triage" / "train.jsonl")
     tickets = dataclasses.replace(
         found, record={**found.record, "data": {"train": {"sha256": own}}}
     )

@@ -243,7 +243,7 @@ def test_a_folder_is_known_by_its_name_or_its_hub_id(
 ) -> None:
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / folder)
-    assert models._base_id(".") == models._base_id(str(tmp_path / folder)) == base
+    assert models.base_id(".") == models.base_id(str(tmp_path / folder)) == base
     assert models.is_on_the_hub(".") == ("/" in base)
 
 

@@ -436,7 +436,7 @@ def shipped(laptop: Profile) -> Scored:
     if not (scored.SHIPPED / "adapter_config.json").is_file():
         pytest.skip(f"the shipped adapter is not here: {scored.SHIPPED}")
     found = scored.find(scored.SHIPPED)
-    # In fp32 on the processor, as recorded, wherever the test runs.
+    # In fp32 on the processor, wherever the test runs: it adds no rounding.
     return scored.load(dataclasses.replace(found, profile=laptop, precision="fp32"))
 
 

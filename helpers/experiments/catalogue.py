@@ -42,7 +42,7 @@ class Experiment:
 
     Attributes:
         plan: the runs that are known so far. Later stages follow from the records of earlier ones.
-        scored: when the validation split is answered: "end", "epoch" or "evaluation".
+        scored: when the validation split is answered: "end", or after every "epoch" too.
         tested: answer the test split at the end.
     """
 
@@ -95,8 +95,9 @@ def _way(name: str) -> dict[str, Any]:
     return {**without_lora, "method": "full"} | ({"scratch": True} if "scratch" in name else {})
 
 
-def _at(rate: float) -> str:
-    return f"{rate:.0e}".replace("e-0", "e-")
+def _at(name: str, rate: float) -> str:
+    """The label of a run at a learning rate."""
+    return f"{name}, learning rate {rate:.0e}".replace("e-0", "e-")
 
 
 def rates() -> list[Trial]:
@@ -105,7 +106,7 @@ def rates() -> list[Trial]:
         Trial(label, seed, START | change) for seed in SEEDS for label, change in CANDIDATES.items()
     ]
     return trials + [
-        Trial(f"{name}, learning rate {_at(rate)}", 0, _way(name) | {"learning_rate": rate})
+        Trial(_at(name, rate), 0, _way(name) | {"learning_rate": rate})
         for name, tried in OTHER_RATES.items()
         for rate in tried
     ]
@@ -154,10 +155,10 @@ def ways() -> list[Trial]:
         return trials
     trials += [Trial("lora", seed, chosen) for seed in SEEDS]
     for name, tried in OTHER_RATES.items():
-        found = best(records, [f"{name}, learning rate {_at(rate)}" for rate in tried])
-        if found:
-            rate = next(rate for rate in tried if found.endswith(_at(rate)))
-            trials += [Trial(name, s, _way(name) | {"learning_rate": rate}) for s in SEEDS]
+        by_label = {_at(name, rate): rate for rate in tried}
+        if found := best(records, by_label):
+            change = {"learning_rate": by_label[found]}
+            trials += [Trial(name, seed, _way(name) | change) for seed in SEEDS]
     return trials
 
 
@@ -220,10 +221,10 @@ def methods() -> list[Trial]:
 
     def trial(name: str, rate: float, seed: int) -> Trial:
         change = {"peft": name, "learning_rate": rate}
-        return Trial(f"{name}, learning rate {_at(rate)}", seed, half | change)
+        return Trial(_at(name, rate), seed, half | change)
 
     def tried(name: str, rates: list[float]) -> tuple[list[float], float | None]:
-        by_label = {trial(name, rate, 0).label: rate for rate in rates}
+        by_label = {_at(name, rate): rate for rate in rates}
         found = by_label.get(best(records, by_label) or "")
         step = round(max(rates) / sorted(rates)[-2], 1)
         beyond = {min(rates): min(rates) / step, max(rates): max(rates) * step}.get(found or 0.0)

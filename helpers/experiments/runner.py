@@ -30,11 +30,13 @@ from helpers import (
     models,
     pipeline,
     profiles,
+    prompting,
     training,
 )
 from helpers.config import RunConfig
 from helpers.experiments import RUNS, read
 from helpers.experiments.catalogue import EXPERIMENTS, Experiment, Trial
+from helpers.rules import Rules
 
 PROFILE = "laptop"
 NEW_TOKENS = 64  # the longest reference answer takes 47
@@ -76,27 +78,23 @@ def subset(rows: Dataset, size: int | None, seed: int) -> Dataset:
 
 
 def _rules(experiment: Experiment, trial: Trial, triage: Any) -> dict[str, Any]:
-    from helpers.rules import Rules
-
     learned = subset(triage["train"], trial.settings.get("rows"), trial.seed)
     began = time.perf_counter()
     rules = Rules.fit(learned)
     seconds = time.perf_counter() - began
     scores = {
         split: _score(rules.answer(triage[split]["message"]), triage[split])
-        for split in ("validation", "test")
+        for split in _splits(experiment)
     }
-    return _record(experiment, trial.settings, scores, seconds=seconds, rows=learned)
+    return _record(trial.settings, scores, seconds=seconds)
 
 
 def _prompted(experiment: Experiment, way: str, triage: Any) -> dict[str, Any]:
-    from helpers import prompting
-
     profile = profiles.pick_profile(PROFILE, verbose=False)
     tokenizer, model = models.load_tokenizer(profile), models.load_model(profile)
     examples = prompting.few_shot_examples(triage["train"]) if "few-shot" in way else []
     began, scores = time.perf_counter(), {}
-    for split in ("validation", "test"):
+    for split in _splits(experiment):
         prompts = [prompting.few_shot(prompt, examples) for prompt in triage[split]["prompt"]]
         if "schema" in way:
             schema = prompting.TICKET_SCHEMA
@@ -105,7 +103,6 @@ def _prompted(experiment: Experiment, way: str, triage: Any) -> dict[str, Any]:
             answers = evaluation.generate_answers(model, tokenizer, prompts, NEW_TOKENS)
         scores[split] = _score(answers, triage[split])
     return _record(
-        experiment,
         {"way": way},
         scores,
         seconds=time.perf_counter() - began,
@@ -148,7 +145,6 @@ def _trained(
         if keep is not None and experiment.tested and settings.get("method") is None:
             _keep(model, run, keep / f"{trial.label}-{trial.seed}")
         return _record(
-            experiment,
             {k: v for k, v in run.settings.items() if k not in data.SPLITS} | settings,
             scores,
             versions=run.record["versions"],
@@ -177,13 +173,7 @@ def _resolve(trial: Trial, triage: Any, folder: Path) -> pipeline.Run:
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     known = {field.name for field in dataclasses.fields(RunConfig)}
-    known -= {
-        "profile",
-        "precision",
-        "model",
-        "seed",
-        *data.SPLITS,
-    }  # of a record; the same for all runs
+    known -= {"profile", "precision", "model", "seed", *data.SPLITS}  # told below, or not at all
     told = {k: v for k, v in trial.settings.items() if k in known and v is not None}
     if "target_modules" in told:
         told["target_modules"] = tuple(told["target_modules"])
@@ -256,10 +246,6 @@ class _Scoring(TrainerCallback):
         if self.when == "epoch":
             self._add(state, kwargs["model"])
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.when == "evaluation":
-            self._add(state, kwargs["model"])
-
     def _add(self, state: Any, model: Any) -> None:
         cuda = self.profile.device == "cuda"
         if cuda:  # what answering takes is not the training's
@@ -277,21 +263,18 @@ def _score(answers: list[str], rows: Dataset) -> dict[str, Any]:
     return evaluation.score(answers, references) | {"answers": kept}
 
 
-def _record(
-    experiment: Experiment,
-    settings: dict[str, Any],
-    scores: dict[str, Any],
-    rows: Dataset | None = None,
-    **values: Any,
-) -> dict[str, Any]:
+def _splits(experiment: Experiment) -> tuple[str, ...]:
+    """The splits that its runs are scored on."""
+    return ("validation", "test") if experiment.tested else ("validation",)
+
+
+def _record(settings: dict[str, Any], scores: dict[str, Any], **values: Any) -> dict[str, Any]:
     """Every key of a record, in order; None for what does not apply."""
     names = (
         "data_sha256 versions machine losses train eval epochs validation test seconds tokens "
         "peak_memory_bytes trainable_parameters saved_bytes prose_perplexity"
     )
     values = {"versions": pipeline.versions()} | values
-    if not experiment.tested:
-        scores.pop("test", None)
     if "seconds" in values:
         values["seconds"] = round(values["seconds"], 1)
     return {"settings": settings} | {
