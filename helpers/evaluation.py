@@ -197,33 +197,87 @@ def answer_losses(
             are no JSON): most tokens of a ticket are boilerplate that is right for every ticket,
             and the mean over all of them hides errors.
     """
+    features, fields = _with_fields(rows, tokenizer)
+    losses = token_losses(model, tokenizer, features, batch_size)
+    values = torch.cat([loss[masks.any(0)] for loss, masks in zip(losses, fields, strict=True)])
+    return {
+        "loss": torch.cat(losses).mean().item(),
+        "value_loss": values.mean().item() if len(values) else None,
+    }
+
+
+def scores_after_references(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """What the model finds likeliest after each *right* beginning of the reference answers.
+
+    One forward pass, where generating takes one for each token. A whole answer is right here
+    exactly where greedy generation writes it, for that goes wrong at the first wrong token. A field
+    is judged after right fields, where a generated answer may have gone wrong before it.
+
+    Args:
+        rows: whose answers are flat JSON objects.
+
+    Returns:
+        loss, value_loss: as in `answer_losses`
+        exact_match: fraction of answers of which every token is right
+        fields_right: fraction of the fields of which every token is right
+        value_accuracy: fraction of the values' tokens that are right
+        confidence: mean probability of the likeliest token, over the values' tokens
+        row_loss: mean loss of each row, in their order
+
+    Raises:
+        ValueError: no answer is a flat JSON object.
+    """
+    features, fields = _with_fields(rows, tokenizer)
+    if not any(len(masks) for masks in fields):
+        raise ValueError("None of the reference answers is a flat JSON object.")
+    losses, right, sure = ([torch.empty(0)] * len(features) for _ in range(3))
+    for index, logits, labels in _answer_logits(model, tokenizer, features, batch_size):
+        log_probabilities = logits.log_softmax(-1)
+        best, token = log_probabilities.max(-1)
+        losses[index] = -log_probabilities.gather(-1, labels[:, None]).squeeze(-1)
+        right[index], sure[index] = token == labels, best.exp()
+
+    def values(per_token: list[torch.Tensor]) -> float:
+        chosen = [row[masks.any(0)] for row, masks in zip(per_token, fields, strict=True)]
+        return torch.cat(chosen).float().mean().item()
+
+    hits = [row[mask].all() for row, masks in zip(right, fields, strict=True) for mask in masks]
+    return {
+        "loss": torch.cat(losses).mean().item(),
+        "value_loss": values(losses),
+        "exact_match": torch.stack([row.all() for row in right]).float().mean().item(),
+        "fields_right": torch.stack(hits).float().mean().item(),
+        "value_accuracy": values(right),
+        "confidence": values(sure),
+        "row_loss": [row.mean().item() for row in losses],
+    }
+
+
+def _with_fields(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[dict[str, list[int]]], list[torch.Tensor]]:
+    """Features, and for each row a bool tensor (fields, answer length,): where its values are."""
     encoder = ChatEncoder(tokenizer)
-    features, value_masks = [], []
+    features, fields = [], []
     for row in rows:
         chat = encode_row(row, encoder)
         labels = labels_of(chat)
         features.append({"input_ids": chat.input_ids, "labels": labels})
         shift = chat.last_content[0]
-        spans = [
-            (start + shift, end + shift)
+        offsets = torch.tensor(
+            [pair for pair, label in zip(chat.offsets, labels, strict=True) if label != IGNORED]
+        )
+        masks = [
+            (offsets[:, 0] < end + shift) & (offsets[:, 1] > start + shift)
             for start, end in value_spans(chat.text[slice(*chat.last_content)])
         ]
-        value_masks.append(
-            [
-                any(first < end and last > start for start, end in spans)
-                for (first, last), label in zip(chat.offsets, labels, strict=True)
-                if label != IGNORED
-            ]
-        )
-    losses = token_losses(model, tokenizer, features, batch_size)
-    every = torch.cat(losses)
-    values = torch.cat(
-        [loss[torch.tensor(mask)] for loss, mask in zip(losses, value_masks, strict=True)]
-    )
-    return {
-        "loss": every.mean().item(),
-        "value_loss": values.mean().item() if len(values) else None,
-    }
+        fields.append(torch.stack(masks) if masks else torch.zeros(0, len(offsets)).bool())
+    return features, fields
 
 
 def token_losses(
@@ -233,9 +287,24 @@ def token_losses(
     batch_size: int = 32,
 ) -> list[torch.Tensor]:
     """Cross-entropy of every label that is not -100: one float tensor (answer length,) per row."""
+    result: list[torch.Tensor] = [torch.empty(0)] * len(features)
+    for index, logits, labels in _answer_logits(model, tokenizer, features, batch_size):
+        result[index] = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return result
+
+
+def _answer_logits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Sequence[dict[str, list[int]]],
+    batch_size: int,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """(index, float logits (answer length, vocabulary), labels (answer length,)) of each row.
+
+    Rows of similar length share a batch, so they do not come in their own order.
+    """
     collate = CompletionCollator(tokenizer.pad_token_id)
     order = sorted(range(len(features)), key=lambda index: len(features[index]["input_ids"]))
-    result: list[torch.Tensor] = [torch.empty(0)] * len(features)
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
@@ -244,15 +313,8 @@ def token_losses(
             keep = batch.pop("logits_to_keep")
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             logits = model(**batch, logits_to_keep=keep, use_cache=False).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(
-                logits.float().flatten(0, 1).cpu(),
-                labels.flatten(),
-                ignore_index=IGNORED,
-                reduction="none",
-            ).view_as(labels)
-            for index, row, label in zip(indices, loss, labels, strict=True):
-                result[index] = row[label != IGNORED]
-    return result
+            for index, row, label in zip(indices, logits.float().cpu(), labels, strict=True):
+                yield index, row[label != IGNORED], label[label != IGNORED]
 
 
 def perplexity(

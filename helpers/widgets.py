@@ -300,19 +300,19 @@ def rank_explorer(matrix: torch.Tensor, name: str = "matrix") -> Explorer:
 
 
 def overfitting_explorer(runs: Sequence[Mapping[str, Any]]) -> Explorer:
-    """Stored runs: pick a setting and a seed, cut the run off, and see curves and verdict.
+    """Recorded runs: pick a setting and a seed, cut the run off, and see curves and verdict.
 
     Args:
-        runs: the lines of data/curves.jsonl.
+        runs: from `helpers.experiments.read`, each with a training and a validation curve.
     """
-    names = list(dict.fromkeys(run["name"] for run in runs))
+    labels = list(dict.fromkeys(run["label"] for run in runs))
     seeds = sorted({run["seed"] for run in runs})
     steps = sorted({step for run in runs for step, _ in run["eval"]})
 
-    def draw(name: str, seed: int, until: int) -> Figure:
-        found = [run for run in runs if (run["name"], run["seed"]) == (name, seed)]
+    def draw(label: str, seed: int, until: int) -> Figure:
+        found = [run for run in runs if (run["label"], run["seed"]) == (label, seed)]
         if not found:
-            raise CourseError(f"There is no run of {name!r} with seed {seed}.")
+            raise CourseError(f"There is no run of {label!r} with seed {seed}.")
         train, evals = (
             [pair for pair in found[0][curve] if pair[0] <= until] for curve in ("train", "eval")
         )
@@ -320,14 +320,14 @@ def overfitting_explorer(runs: Sequence[Mapping[str, Any]]) -> Explorer:
         return plotting.loss_curves(
             train,
             evals,
-            f"{name}, seed {seed}, {until} steps: {verdict.verdict}",
+            f"{label}, seed {seed}, {until} steps: {verdict.verdict}",
             verdict.best_step,
         )
 
     return Explorer(
         draw,
         {
-            "name": _wide(ipywidgets.Dropdown(options=names, description="setting")),
+            "label": _wide(ipywidgets.Dropdown(options=labels, description="setting")),
             "seed": _wide(ipywidgets.Dropdown(options=seeds, description="seed")),
             "until": _wide(
                 ipywidgets.SelectionSlider(

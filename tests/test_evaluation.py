@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -20,6 +21,7 @@ from helpers.evaluation import (
     references,
     same_answer,
     score,
+    scores_after_references,
     value_spans,
 )
 
@@ -257,7 +259,19 @@ def test_text_that_is_no_ticket_has_no_value_spans() -> None:
     assert value_spans("[1, 2]") == []
 
 
-def test_answer_losses_are_those_of_a_plain_loop(
+def learn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
+    """Train on a few rows until the model knows most of them by heart."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        for row in rows:
+            prompt, answer = (tokenizer(text)["input_ids"] for text in split_text(row, tokenizer))
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_losses_and_scores_are_those_of_a_plain_loop(
     triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     # One row at a time, no padding, every logit. A letter in the name of a byte-level token stands
@@ -265,31 +279,56 @@ def test_answer_losses_are_those_of_a_plain_loop(
     examples = list(triage["validation"].select(range(12)))
     examples[3]["completion"][0]["content"] = ticket(product="Käfer-Éclair 🦆")
     rows = Dataset.from_list(examples)
-    losses, value_losses = [], []
+    learn(tiny_model, tiny_tokenizer, rows.select(range(6)))
+    per_row, values, fields, exact = [], [], [], []
     for row in rows:
         prompt, answer = split_text(row, tiny_tokenizer)
         prompt_ids = tiny_tokenizer(prompt)["input_ids"]
         answer_ids = tiny_tokenizer(answer)["input_ids"]
         with torch.no_grad():
             logits = tiny_model(torch.tensor([prompt_ids + answer_ids])).logits[0]
-        values: set[int] = set()
-        for start, end in value_spans(row["completion"][0]["content"]):
-            values |= set(range(len(answer[:start].encode()), len(answer[:end].encode())))
-        position = 0
+        position, tokens = 0, []
         for index, token in enumerate(answer_ids):
-            loss = -logits[len(prompt_ids) + index - 1].log_softmax(-1)[token].item()
-            losses.append(loss)
+            after = logits[len(prompt_ids) + index - 1].softmax(-1)
             end = position + len(tiny_tokenizer.convert_ids_to_tokens(token))
-            if values & set(range(position, end)):
-                value_losses.append(loss)
+            best = after.argmax().item()
+            stands = set(range(position, end))
+            tokens.append((stands, -after[token].log().item(), best == token, after[best].item()))
             position = end
-    assert 0 < len(value_losses) < len(losses)
-    expected = {
-        "loss": pytest.approx(sum(losses) / len(losses), abs=1e-5),
-        "value_loss": pytest.approx(sum(value_losses) / len(value_losses), abs=1e-5),
+        spans = [
+            set(range(len(answer[:start].encode()), len(answer[:end].encode())))
+            for start, end in value_spans(row["completion"][0]["content"])
+        ]
+        per_row.append([loss for _, loss, _, _ in tokens])
+        values += [token[1:] for token in tokens if any(token[0] & span for span in spans)]
+        fields += [all(t[2] for t in tokens if t[0] & span) for span in spans]
+        exact.append(all(right for _, _, right, _ in tokens))
+    every = [loss for losses in per_row for loss in losses]
+    assert 0 < len(values) < len(every) and len(fields) == 48
+    assert 0 < sum(exact) < 12 and sum(exact) * 4 < sum(fields) < 48
+    losses = {
+        "loss": pytest.approx(np.mean(every), abs=1e-5),
+        "value_loss": pytest.approx(np.mean([loss for loss, _, _ in values]), abs=1e-5),
     }
-    for batch_size in (1, 5, 100):
-        assert answer_losses(tiny_model, tiny_tokenizer, rows, batch_size) == expected
+    scores = losses | {
+        "exact_match": pytest.approx(np.mean(exact)),
+        "fields_right": pytest.approx(np.mean(fields)),
+        "value_accuracy": pytest.approx(np.mean([right for _, right, _ in values])),
+        "confidence": pytest.approx(np.mean([sure for _, _, sure in values]), abs=1e-5),
+        "row_loss": pytest.approx([np.mean(row) for row in per_row], abs=1e-5),
+    }
+    for size in (1, 5, 100):
+        assert answer_losses(tiny_model, tiny_tokenizer, rows, size) == losses
+        assert scores_after_references(tiny_model, tiny_tokenizer, rows, size) == scores
+
+
+def test_scores_after_references_need_values(
+    triage: DatasetDict, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    answer = [{"role": "assistant", "content": "We will call you back."}]
+    rows = triage["test"].select(range(2)).map(lambda _: {"completion": answer})
+    with pytest.raises(ValueError, match="flat JSON"):
+        scores_after_references(tiny_model, tiny_tokenizer, rows)
 
 
 def test_prose_has_a_loss_but_no_value_loss(

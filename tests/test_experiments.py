@@ -1,9 +1,12 @@
 """The recorded runs: are they whole, do they follow from the plan, and can they be repeated?"""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from peft import PeftModel
@@ -51,6 +54,11 @@ def test_a_record_is_whole(name: str, record: dict[str, Any]) -> None:
         answers = experiments.answers(record, split)
         again = evaluation.score(answers, references)
         assert {key: record[split][key] for key in again} == again
+    for scores in record["epochs"] or []:
+        if EXPERIMENTS[name].scored == "evaluation" and scores["step"] == len(record["losses"]):
+            # The last generated answers; a tie may fall differently in another batch.
+            generated = record["validation"]["exact_match"]
+            assert scores["exact_match"] == pytest.approx(generated, abs=2.5 / 114)
     if record["losses"]:
         assert record["train"][-1][0] == len(record["losses"])
         means = [loss for _, loss in runner._means(record["losses"])]
@@ -166,6 +174,54 @@ def test_runs_are_made_once_and_continue_after_a_stop(
         assert record["saved_bytes"] == 4 * record["trainable_parameters"]
     first, dropped, other = (record["losses"] for record in records)
     assert first != dropped and first != other
+
+
+def test_a_killed_recorder_leaves_no_training_behind(tmp_path: Path) -> None:
+    script = tmp_path / "recorder.py"
+    script.write_text(
+        """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from helpers.experiments.runner import _end_with_parent
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 600).result()
+""",
+        encoding="utf-8",
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as recorder:
+        try:
+            assert recorder.stdout is not None
+            # transformers may print a line of its own at import.
+            told = next(line for line in recorder.stdout if line.strip().isdigit())
+            worker = psutil.Process(int(told))
+        finally:
+            recorder.kill()
+    gone, alive = psutil.wait_procs([worker], timeout=20)
+    assert gone and not alive
+
+
+def test_scores_while_training_are_those_after_references(
+    small: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SHORT", 512)
+    monkeypatch.setattr(runner, "WATCHED", 2)
+    settings = small[0].settings | {"short": True, "arguments": {"max_steps": 4, "eval_steps": 2}}
+    trial = Trial("few rows", 3, settings)
+    experiment = catalogue.Experiment("?", lambda: [trial], "evaluation")
+    monkeypatch.setitem(EXPERIMENTS, "small", experiment)
+    assert runner.run(["small"]) == []
+    (record,) = experiments.read("small")
+    assert [step for step, _ in record["eval"]] == [2, 4]
+    assert [scores["step"] for scores in record["epochs"]] == [2, 4]
+    for scores in record["epochs"]:
+        assert len(scores["row_loss"]) == 4 and 0 <= scores["fields_right"] <= 1
+    assert record["epochs"][-1]["loss"] == pytest.approx(record["validation"]["loss"], abs=1e-3)
 
 
 def test_verify_agrees_with_a_record_and_notices_a_changed_one(

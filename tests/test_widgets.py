@@ -1,6 +1,5 @@
 """Every widget without a browser: moving a control draws another picture or says what is wrong."""
 
-import json
 import signal
 import types
 from pathlib import Path
@@ -11,10 +10,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from helpers import CourseError, encoding, models, quantization, widgets
+from helpers import CourseError, encoding, experiments, models, quantization, widgets
 from helpers.profiles import PROFILES
-
-CURVES = Path(__file__).parent.parent / "data" / "curves.jsonl"
 
 
 def title(explorer: widgets.Explorer) -> str:
@@ -98,7 +95,7 @@ def test_the_rank_explorer_counts_and_rebuilds(weight: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def runs() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in CURVES.read_text().splitlines()]
+    return experiments.read("cures")
 
 
 def test_the_overfitting_explorer_cuts_a_run_and_judges_it(runs: list[dict[str, Any]]) -> None:

@@ -10,8 +10,9 @@ A record is a line of data/runs/NAME.jsonl:
     data_sha256               of the rows it learned from
     versions, machine         of the libraries, and of what computed it
     losses                    of every optimizer step, in nats per answer token
-    train, eval               [[step, loss], ...]: means over some steps, and of 48 validation rows
-    epochs                    scores on the whole validation split while training, where asked for
+    train, eval               [[step, loss], ...]: means of some steps, and of some validation rows
+    epochs                    scores on the whole validation split while training, where asked for:
+                              of answers, or (`cures`) of `evaluation.scores_after_references`
     validation, test          scores, losses and answers at the end; test only where it was scored
     seconds, tokens           of the training steps; runs beside it make them slower
     peak_memory_bytes, trainable_parameters, saved_bytes

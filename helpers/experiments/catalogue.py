@@ -26,6 +26,7 @@ class Trial:
         settings: fields of `helpers.config.RunConfig`, and
             way: "rules", or a way to prompt; a training without it
             rows: learn from this many, drawn by the seed
+            short: learn from short rows alone and watch some of validation, as notebook 07 does
             scratch: start from random parameters
             peft: a key of `helpers.methods.METHODS`, in place of LoRA
             lora, arguments: further settings of `LoraConfig` and `TrainingArguments`
@@ -42,7 +43,8 @@ class Experiment:
 
     Attributes:
         plan: the runs that are known so far. Later stages follow from the records of earlier ones.
-        scored: when the validation split is answered: "end", or after every "epoch" too.
+        scored: when the validation split is answered: "end", or after every "epoch" too; with
+            "evaluation" it is scored after the reference's beginnings, whenever the loss is taken.
         tested: answer the test split at the end.
     """
 
@@ -181,34 +183,40 @@ def rows() -> list[Trial]:
     return trials
 
 
-FEW = {"rows": 8, "rank": 32, "alpha": 64, "learning_rate": 1e-3, "batch_size": 4, "epochs": 20}
+FEW = {"rows": 8, "short": True, "rank": 32, "alpha": 64, "learning_rate": 1e-3, "epochs": 20}
 CURES: dict[str, dict[str, Any]] = {
     "8 rows": {},
+    "155 rows": {"rows": 155, "epochs": 2},  # all that are short; forty steps are once and a bit
     "32 rows": {"rows": 32, "epochs": 5},
-    "160 rows": {"rows": 160, "epochs": 1},
     "learning rate 3e-4": {"learning_rate": 3e-4},
     "rank 2": {"rank": 2, "alpha": 4},
     "dropout 0.2": {"lora": {"lora_dropout": 0.2}},
-    "weight decay 0.1": {"weight_decay": 0.1},
+    "weight decay 0.1": {"arguments": {"weight_decay": 0.1}},
 }
 
 
 def cures() -> list[Trial]:
     """Eight rows, forty steps, at a constant rate: overfitting on purpose, and what helps."""
-    constant = {
+    arguments = {
+        "max_steps": 40,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
+        "weight_decay": 0.0,
         "eval_steps": 5,
         "train_sampling_strategy": "random",
     }
-    trials = []
-    for seed in SEEDS:
-        for label, change in CURES.items():
-            change = dict(change)
-            decay = change.pop("weight_decay", 0.0)
-            arguments = constant | {"weight_decay": decay}
-            trials.append(Trial(label, seed, FEW | change | {"arguments": arguments}))
-    return trials
+    return [
+        Trial(
+            label,
+            seed,
+            FEW
+            | {"batch_size": 4}
+            | change
+            | {"arguments": arguments | change.get("arguments", {})},
+        )
+        for seed in SEEDS
+        for label, change in CURES.items()
+    ]
 
 
 def methods() -> list[Trial]:
@@ -250,5 +258,5 @@ EXPERIMENTS = {
     "rows": Experiment("From how many labelled rows on does it pay?", rows, tested=True),
     "settings": Experiment("What do rank, alpha, targets and the rest change?", settings),
     "methods": Experiment("Which PEFT method, each at its own best rate?", methods),
-    "cures": Experiment("What helps against overfitting?", cures),
+    "cures": Experiment("What helps against overfitting?", cures, "evaluation"),
 }

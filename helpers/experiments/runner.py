@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from helpers import (
     CourseError,
     data,
+    encoding,
     evaluation,
     memory,
     methods,
@@ -40,6 +42,7 @@ from helpers.rules import Rules
 
 PROFILE = "laptop"
 NEW_TOKENS = 64  # the longest reference answer takes 47
+SHORT, WATCHED = 64, 24  # notebook 07: tokens of a short row, and rows of validation to watch
 # How far a repeated loss may be off, in nats: on the same kind of processor, and on another.
 SAME_MACHINE, OTHER_MACHINE = 1e-3, {"fp32": 2e-2, "bf16": 5e-2}
 
@@ -75,6 +78,13 @@ def subset(rows: Dataset, size: int | None, seed: int) -> Dataset:
         return rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     return rows.select(sorted(order[:size]))
+
+
+def short_rows(rows: Dataset) -> Dataset:
+    """The rows of at most `SHORT` tokens, as notebook 07 takes them."""
+    profile = profiles.pick_profile(PROFILE, verbose=False)
+    features = encoding.encode(rows, models.load_tokenizer(profile), profile.max_length)
+    return rows.select([i for i, n in enumerate(features["length"]) if n <= SHORT])
 
 
 def _rules(experiment: Experiment, trial: Trial, triage: Any) -> dict[str, Any]:
@@ -165,8 +175,14 @@ def _trained(
 
 def _resolve(trial: Trial, triage: Any, folder: Path) -> pipeline.Run:
     """The run of the command with these settings, on rows written as anybody's would be."""
-    learned = subset(triage["train"], trial.settings.get("rows"), trial.seed)
-    for name, rows in (("train", learned), ("validation", triage["validation"])):
+    if trial.settings.get("short"):
+        drawn = short_rows(triage["train"]).shuffle(seed=trial.seed)
+        learned = drawn.select(range(trial.settings["rows"]))
+        watched = short_rows(triage["validation"]).select(range(WATCHED))
+    else:
+        learned = subset(triage["train"], trial.settings.get("rows"), trial.seed)
+        watched = triage["validation"]
+    for name, rows in (("train", learned), ("validation", watched)):
         lines = [
             json.dumps({key: row[key] for key in ("prompt", "completion")}, ensure_ascii=False)
             for row in rows
@@ -244,14 +260,26 @@ class _Scoring(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.when == "epoch":
-            self._add(state, kwargs["model"])
+            self._add(state, self.whole, kwargs["model"])
 
-    def _add(self, state: Any, model: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.when == "evaluation":
+            self._add(state, self._after_references, kwargs["model"])
+
+    def _after_references(self, model: Any) -> dict[str, Any]:
+        scores = evaluation.scores_after_references(model, self.tokenizer, self.rows)
+        scores["row_loss"] = [round(loss, 3) for loss in scores["row_loss"]]
+        return {
+            name: round(value, 4) if isinstance(value, float) else value
+            for name, value in scores.items()
+        }
+
+    def _add(self, state: Any, score: Callable[[Any], dict[str, Any]], model: Any) -> None:
         cuda = self.profile.device == "cuda"
-        if cuda:  # what answering takes is not the training's
+        if cuda:  # what scoring takes is not the training's
             self.peak = max(self.peak, memory.peak_memory_bytes("cuda"))
-        scores = self.whole(model)
-        del scores["answers"]
+        scores = score(model)
+        scores.pop("answers", None)
         self.scores.append({"epoch": state.epoch, "step": state.global_step} | scores)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -359,7 +387,7 @@ def run(
     failed: list[str] = []
     tried: set[Key] = set()
     running: dict[Future[dict[str, Any]], tuple[str, Trial]] = {}
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent)
     try:
         while time.monotonic() < deadline:
             for name, trial in itertools.islice(_waiting(names, only, tried), jobs - len(running)):
@@ -378,6 +406,17 @@ def run(
         for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this process end when its parent does, however that was killed: a run takes long."""
+
+    def watch() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _one_by_one(
