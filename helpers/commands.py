@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +42,24 @@ def note(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def require_packages() -> None:
+    """Refuse a Python that lacks the course's packages, and name the one that has them.
+
+    Raises:
+        CourseError: torch is not installed here.
+    """
+    if importlib.util.find_spec("torch"):
+        return
+    folder = Path(__file__).parents[1] / ".venv"
+    script = folder / ("Scripts" if os.name == "nt" else "bin") / "activate"
+    if script.is_file():
+        activate = script if os.name == "nt" else f"source {script}"
+        how = f"They are in .venv. Activate it, then use the same command: {activate}"
+    else:
+        how = "Activate the environment that has them, or install them: python -m helpers start"
+    raise CourseError(f"This Python ({sys.executable}) lacks the course's packages. {how}")
+
+
 def run(work: Callable[[], int]) -> int:
     """Do the work of a command, and turn foreseen failures into one line and an exit code.
 
@@ -49,6 +68,7 @@ def run(work: Callable[[], int]) -> int:
         Ctrl-C.
     """
     try:
+        require_packages()
         return work()
     except CourseError as error:
         note(f"error: {error}")

@@ -135,8 +135,8 @@ def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Curve | None) -> tuple[str
     falling = min(_ratio(val.drop, val.drop_blur), _ratio(val.gain, worth))
     if falling > 1:
         text = (
-            f"{seen} and was still falling: at this pace, a third more steps would bring "
-            f"validation down by about {val.gain:.2g}. Train longer, or raise the learning rate."
+            f"{seen}. Validation was still falling: at this pace, a third more steps would bring "
+            f"it down by about {val.gain:.2g}. Train longer, or raise the learning rate."
         )
         return "underfitting", text, falling
 
@@ -144,7 +144,10 @@ def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Curve | None) -> tuple[str
         text = f"{seen}; no loss has clearly moved. Check the learning rate and what is trained."
         return "inconclusive", text, 0.0
     if loss[-1] - val.low > max(worth, SURE * val.noise):
-        text = f"{seen} and ends on a rise too short to judge. Evaluate more often, or go on a bit."
+        text = (
+            f"{seen}. Validation ends on a rise too short to judge: evaluate more often, or go on "
+            "a bit."
+        )
         return "inconclusive", text, 0.0
     blurred = _ratio(val.blur, BLUR * val.low)
     if blurred > 1:
@@ -154,7 +157,8 @@ def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Curve | None) -> tuple[str
         )
         return "inconclusive", text, 0.0
     text = (
-        f"{seen} and has levelled off near its lowest ({loss[best]:.3g}, step {steps[best]:.0f}). "
+        f"{seen}. Validation has levelled off near its lowest ({loss[best]:.3g}, step "
+        f"{steps[best]:.0f}). "
         "Keep that checkpoint."
     )
     margin = _ratio(1.0, max(risen, falling, blurred)) if val.learned else 0.0

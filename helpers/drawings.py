@@ -547,7 +547,7 @@ def three_ways() -> Figure:
             "train from scratch",
             ("message",),
             "all parameters,\nfrom random numbers on",
-            "billions of tokens of text,\nweeks on many GPUs",
+            "trillions of tokens of text,\nweeks on many GPUs",
         ),
     ]
     for number, (name, inputs, changes, needs) in enumerate(columns):
@@ -601,7 +601,7 @@ def adapter_to_server() -> Figure:
     sheet.box(566, 32, 130, 70, "server\n(HTTP)")
 
     sheet.arrow((82, 112), (82, 196))
-    sheet.text(92, 153, "answers the\ntest rows", size=9, ha="left")
+    sheet.text(92, 153, "answers\nsome rows", size=9, ha="left")
     sheet.box(24, 201, 130, 54, "scored answers")
     sheet.arrow((631, 108), (631, 196))
     sheet.text(621, 153, "answers the\nsame rows", size=9, ha="right")
@@ -763,7 +763,7 @@ DRAWINGS: dict[str, Drawing] = {
         "Three ways to get a ticket from a message. A prompt changes only the input of a "
         "frozen pretrained model. Fine-tuning trains an adapter, or all parameters, from the "
         "pretrained model on, with a few hundred rows. Training from scratch starts with "
-        "random parameters and needs billions of tokens.",
+        "random parameters and needs trillions of tokens.",
     ),
     "adapter_to_server": Drawing(
         adapter_to_server,

@@ -29,7 +29,7 @@ from __future__ import annotations
 import os
 import sys
 
-from helpers import CourseError
+from helpers import CourseError, commands
 from helpers.config import RunConfig, from_command_line
 
 
@@ -70,7 +70,11 @@ def run(config: RunConfig) -> tuple[int, str]:
 
     Returns:
         The exit code, and for a training that failed in a way that can be foreseen one line.
+
+    Raises:
+        CourseError: settings or rows cannot be used, or packages are missing.
     """
+    commands.require_packages()
     # Here, so that --help and a wrong option need not wait for torch.
     from safetensors import SafetensorError
     from torch import OutOfMemoryError

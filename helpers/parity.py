@@ -89,7 +89,7 @@ class Parity:
         if self.unexplained:
             return (
                 f"{len(self.unexplained)} of {self.rows} answers differ by more than rounding: "
-                f"this is another model than the scored one."
+                f"another model, other settings, or an end token that did not stop the answer."
             )
         if len(self.differences) > TOLERATED * self.rows:
             return (

@@ -16,9 +16,24 @@ from helpers.evaluation import generate_answers
 
 Messages = list[dict[str, str]]
 
+# The rows' own instruction, "Turn the message into a JSON ticket.", is enough for one that learns
+# from them what a ticket is. For one that does not, this one names fields and values.
+SPELLED_OUT = """\
+Turn the customer message into one line of JSON with these four keys:
+category: delivery, billing, return, defect, account or question
+urgency: low, normal or high
+product: copied from the message, or null
+order: the order number, copied from the message, or null
+Answer with the JSON and nothing else."""
+
 # One row of the train split for each category, chosen by hand: short, each urgency twice, every
 # combination of with and without a product or an order, and one number that is no order.
 EXAMPLES = (146, 87, 108, 81, 62, 261)
+
+
+def spelled_out(prompt: Messages) -> Messages:
+    """A prompt with `SPELLED_OUT` as its system message."""
+    return [{"role": "system", "content": SPELLED_OUT}, *_without_system(prompt)]
 
 
 def few_shot_examples(rows: Dataset) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from helpers import checkpoints, models, pipeline, training
+from helpers import checkpoints, commands, models, pipeline, training
 from helpers.config import RunConfig, UsageError, parser
 from helpers.finetune import main
 from helpers.profiles import PROFILES
@@ -108,6 +108,35 @@ def test_every_setting_is_an_option_with_a_help_text() -> None:
     text = parser("").format_help()
     for option in RunConfig.__dataclass_fields__:
         assert "--" + option.replace("_", "-") in text
+
+
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["finetune", "--output", "out"],
+        ["answer", "--run", "data/adapters/tickets", "hello"],
+        ["export", "--run", "data/adapters/tickets", "--format", "merged", "--output", "out"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_python_without_the_packages_is_told_where_they_are(
+    command: list[str], made: bool, tmp_path: Path
+) -> None:
+    root = Path(commands.__file__).parents[1]
+    shutil.copytree(root / "helpers", tmp_path / "helpers")
+    script = tmp_path / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "activate"
+    if made:
+        script.parent.mkdir(parents=True)
+        script.touch()
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", f"helpers.{command[0]}", *command[1:]],  # no site-packages
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (str(script) if made else "python -m helpers start") in done.stderr
 
 
 def test_help_does_not_wait_for_torch() -> None:

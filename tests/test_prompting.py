@@ -15,7 +15,13 @@ from helpers import CourseError
 from helpers.data import FIELDS, ticket_json
 from helpers.encoding import CompletionCollator, encode, encode_prompts
 from helpers.evaluation import generate_answers, parse, references
-from helpers.prompting import TICKET_SCHEMA, constrained_answers, few_shot, few_shot_examples
+from helpers.prompting import (
+    TICKET_SCHEMA,
+    constrained_answers,
+    few_shot,
+    few_shot_examples,
+    spelled_out,
+)
 
 ROOM = 160  # tokens: the tiny model's tokenizer cuts a ticket into many more than SmolLM2's
 
@@ -51,6 +57,15 @@ def test_few_shot_puts_the_examples_between_the_system_message_and_the_question(
     assert [m["content"] for m in messages[2:-1:2]] == [ticket_json(row) for row in examples]
     assert few_shot(prompt, []) == prompt
     assert few_shot([user], examples) == messages[1:]
+
+
+def test_the_spelled_out_instruction_names_all_fields_and_values(triage: Any) -> None:
+    prompt = triage["validation"][0]["prompt"]
+    system, *rest = spelled_out(prompt)
+    assert system["role"] == "system" and rest == prompt[1:]
+    for field, values in TICKET_SCHEMA["properties"].items():
+        assert f"{field}:" in system["content"]
+        assert all(value in system["content"] for value in values.get("enum", []))
 
 
 def test_a_few_shot_prompt_fits_the_chat_template(

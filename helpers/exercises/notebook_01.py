@@ -98,8 +98,8 @@ EXERCISES = {
     ),
     "01.3": Exercise(
         task=(
-            f"One model has {LOWER:.0%} exact match and another {UPPER:.0%}. From how many test "
-            "messages on do their 95 % intervals no longer overlap? Try numbers in "
+            f"One model has {LOWER:.0%} exact match and another {UPPER:.0%}. How many test messages "
+            "are needed until their 95 % intervals no longer overlap? Try numbers in "
             "statistics.wilson_interval, or write a loop. Set messages to the smallest."
         ),
         right=lambda answer: close(answer, MESSAGES, 0.02),
@@ -124,14 +124,14 @@ EXERCISES = {
         task=(
             f"Which way do you try first? Set choices to a dict such as {{'a': 'lora', ...}}, with "
             f"values from {', '.join(WAYS)}; each of them at most once.\n"
-            "(a) Every ticket number in the mails looks like #123456, and you want it out.\n"
+            "(a) Every ticket number in the mails looks like #123456, and you want to extract it.\n"
             "(b) A shop gets twenty mails a day, nobody has labelled any, and a large hosted model "
             "may be used.\n"
             "(c) 3,000 labelled mails, a 7B model, one GPU of 16 GB.\n"
             "(d) A million labelled rows on a new kind of task, a 1B model, eight GPUs of 80 GB. "
             "LoRA was tried at several ranks and falls short.\n"
-            "(e) Protein sequences: no language model reads that alphabet. There are billions of "
-            "them, and a cluster."
+            "(e) Logs of a machine in a byte code of its own, which no published model was trained "
+            "on. There are billions of lines, and a cluster."
         ),
         right=lambda answer: all(_chosen(answer, key) == way for key, way in SITUATIONS.items()),
         praise="The cheapest way that does the job, and each step up only where it is needed.",

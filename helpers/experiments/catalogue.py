@@ -146,7 +146,12 @@ def recipe() -> dict[str, Any] | None:
     return START | CANDIDATES[best(records, CANDIDATES) or ""]
 
 
-PROMPTS = ("zero-shot", "zero-shot + schema", "few-shot", "few-shot + schema")
+PROMPTS = tuple(
+    f"{examples}{instruction}{schema}"
+    for instruction in ("", ", spelled out")
+    for examples in ("zero-shot", "few-shot")
+    for schema in ("", " + schema")
+)
 
 
 def ways() -> list[Trial]:

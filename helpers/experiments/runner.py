@@ -105,7 +105,10 @@ def _prompted(experiment: Experiment, way: str, triage: Any) -> dict[str, Any]:
     examples = prompting.few_shot_examples(triage["train"]) if "few-shot" in way else []
     began, scores = time.perf_counter(), {}
     for split in _splits(experiment):
-        prompts = [prompting.few_shot(prompt, examples) for prompt in triage[split]["prompt"]]
+        prompts = triage[split]["prompt"]
+        if "spelled out" in way:
+            prompts = [prompting.spelled_out(prompt) for prompt in prompts]
+        prompts = [prompting.few_shot(prompt, examples) for prompt in prompts]
         if "schema" in way:
             schema = prompting.TICKET_SCHEMA
             answers = prompting.constrained_answers(model, tokenizer, prompts, schema)
