@@ -98,8 +98,8 @@ EXERCISES = {
     ),
     "01.3": Exercise(
         task=(
-            f"One model has {LOWER:.0%} exact match and another {UPPER:.0%}. How many test messages "
-            "are needed until their 95 % intervals no longer overlap? Try numbers in "
+            f"One model has {LOWER:.0%} exact match and another {UPPER:.0%}. How many test "
+            "messages are needed until their 95 % intervals no longer overlap? Try numbers in "
             "statistics.wilson_interval, or write a loop. Set messages to the smallest."
         ),
         right=lambda answer: close(answer, MESSAGES, 0.02),
