@@ -76,8 +76,8 @@ READ = Exercise(
 
 EPOCH = Exercise(
     task=(
-        "The stored baseline of seed 0 has its lowest validation loss at step 10. It trains on 8 "
-        "rows in batches of 4. After how many epochs would you stop next time?"
+        "The recorded run with eight rows and seed 0 has its lowest validation loss at step 10. Its "
+        "batches have 4 rows. After how many epochs would you stop next time?"
     ),
     right=lambda answer: close(answer, 5, 0),
     praise="Two steps an epoch: every row was read five times.",
@@ -120,7 +120,7 @@ DECAY = Exercise(
         'such as 0.25 or "25 %".'
     ),
     right=lambda answer: close(answer, 1 - (1 - 1e-4) ** 40, relative=0.01),
-    praise="Less than half a percent: the stored runs gave weight decay no chance.",
+    praise="Less than half a percent: the recorded runs gave weight decay no chance.",
     hints=[
         (
             lambda answer: close(answer, 1e-4),
