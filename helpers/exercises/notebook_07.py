@@ -76,8 +76,8 @@ READ = Exercise(
 
 EPOCH = Exercise(
     task=(
-        "The recorded run with eight rows and seed 0 has its lowest validation loss at step 10. Its "
-        "batches have 4 rows. After how many epochs would you stop next time?"
+        "The recorded run with eight rows and seed 0 has its lowest validation loss at step 10. "
+        "Its batches have 4 rows. After how many epochs would you stop next time?"
     ),
     right=lambda answer: close(answer, 5, 0),
     praise="Two steps an epoch: every row was read five times.",
