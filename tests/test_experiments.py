@@ -34,10 +34,17 @@ def ids(value: Any) -> str:
 
 
 def test_what_the_notebooks_rest_on_is_recorded() -> None:
-    assert len(RECORDED) >= 50
-    assert {name for name, _ in RECORDED} >= {"rates", "ways", "rows"}
+    assert len(RECORDED) >= 80
     trials = [t for t in EXPERIMENTS["rates"].plan() if t.label in catalogue.CANDIDATES]
+    trials += [Trial(label, 0) for label in ("rules", *catalogue.PROMPTS)]
     trials += [Trial("lora", seed) for seed in catalogue.SEEDS]
+    trials += [
+        Trial(f"{way}, {size} rows", seed)
+        for way in ("lora", "rules")
+        for size in (64, 128)
+        for seed in catalogue.SEEDS
+    ]
+    trials += EXPERIMENTS["cures"].plan()
     seen = {(record["label"], record["seed"]) for _, record in RECORDED}
     assert {(trial.label, trial.seed) for trial in trials} <= seen
 
@@ -105,6 +112,22 @@ def test_lora_is_above_rules_by_more_than_their_intervals() -> None:
             statistics.wilson_interval(right / rows, rows)[0]
             > (statistics.wilson_interval(rules / rows, rows)[1])
         )
+
+
+def test_lora_overtakes_rules_between_64_and_256_rows_in_every_seed() -> None:
+    scores = {
+        (record["label"], record["seed"]): record["test"]["exact_match"]
+        for record in experiments.read("rows")
+    }
+
+    def lead(size: int, seed: int) -> float | None:
+        tuned = scores.get((f"lora, {size} rows", seed))
+        return None if tuned is None else tuned - scores[f"rules, {size} rows", seed]
+
+    for seed in catalogue.SEEDS:
+        leads = {size: lead(size, seed) for size in (64, 128, 256)}
+        assert leads[64] is not None and leads[64] < 0
+        assert leads[256] is None or leads[256] > 0
 
 
 def test_the_recipe_is_the_best_candidate_on_validation() -> None:

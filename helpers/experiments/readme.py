@@ -24,7 +24,7 @@ BLOCK = re.compile(r"(<!-- figures: [^>]*-->\n).*?(<!-- end of figures -->)", re
 # From the least to the most that is done for a ticket: label of the record -> what readers call it.
 WAYS = {
     "zero-shot": "the model as it comes",
-    "few-shot": "the same, shown six examples",
+    "few-shot, spelled out": "the same, told all fields and values, and shown six examples",
     "rules": "patterns and classifiers on the same messages, no language model",
     "lora": "fine-tuned (LoRA) on 456 labelled messages",
 }
