@@ -158,8 +158,7 @@ def _judge(steps: np.ndarray, loss: np.ndarray, trn: _Curve | None) -> tuple[str
         return "inconclusive", text, 0.0
     text = (
         f"{seen}. Validation has levelled off near its lowest ({loss[best]:.3g}, step "
-        f"{steps[best]:.0f}). "
-        "Keep that checkpoint."
+        f"{steps[best]:.0f}). Keep that checkpoint."
     )
     margin = _ratio(1.0, max(risen, falling, blurred)) if val.learned else 0.0
     return "healthy", text, margin

