@@ -717,6 +717,116 @@ class Drawing(NamedTuple):
     alternative: str
 
 
+def peft_methods() -> Figure:
+    sheet = _Sheet(560)
+    left, wide = 232, 224  # of the layer
+    middle, right = left + wide / 2, left + wide
+
+    def note(x: float, y: float, where: str, method: str, text: str) -> None:
+        """Where something is added, by which method, and what."""
+        sheet.text(x, y, where, size=9, ha="left", color=GREY)
+        sheet.text(x, y + 17, method, bold=True, ha="left")
+        lines = text.count("\n") + 1
+        sheet.text(x, y + 25 + 8.1 * lines, text, size=9, ha="left")
+
+    def pointer(*points: Point) -> None:
+        sheet.line(points, BLUE, width=0.9)
+
+    def matrix(x: float, y: float, width: float, text: str) -> None:
+        """A frozen matrix with the thin trained ones beside it."""
+        sheet.box(x, y, width - 8, 28, text, "frozen", corner=0, size=9)
+        sheet.box(x + width - 8, y, 8, 28, "", "trained", corner=0)
+
+    def norm(y: float) -> None:
+        sheet.box(left + 14, y, wide - 28, 20, "norm", "frozen", corner=0, size=9)
+        sheet.box(left + 14, y, 8, 20, "", "trained", corner=0)
+
+    def times(x: float, y: float) -> None:
+        sheet.box(x - 9, y - 9, 18, 18, "×", "trained", corner=9, size=9)
+
+    sheet.text(24, 32, "what is added, and where", bold=True, size=11, ha="left")
+    # The layer, from its output at the top to the input at the bottom.
+    sheet.area(left, 42, wide, 424)
+    sheet.text(middle, 59, "one of 30 layers", bold=True)
+    sheet.arrow((middle, 41), (middle, 14))
+    matrix(middle - 48, 76, 96, "down")
+    sheet.arrow((middle, 128), (middle, 106))
+    times(middle, 138)
+    sheet.line([(middle, 147), (middle, 157), (middle - 52, 157), (middle - 52, 166)])
+    sheet.line([(middle, 157), (middle + 52, 157), (middle + 52, 166)])
+    matrix(left + 14, 166, 94, "gate")
+    matrix(right - 108, 166, 94, "up")
+    norm(212)
+    matrix(middle - 48, 250, 96, "o")
+    sheet.box(left + 14, 296, wide - 28, 26, "attention", size=9)
+    thirds = [left + 14, left + 82, left + 150]
+    for x, name in zip(thirds, ("q", "k", "v"), strict=True):
+        matrix(x, 398, 60, name)
+        center = x + 30
+        if name == "q":
+            sheet.arrow((center, 397), (center, 324))
+        else:
+            times(center, 378)
+            kinds = ["trained"] * 2 + ["data"] * 4
+            sheet.cells(x, 340, [10] * 6, [""] * 6, kinds, height=16)
+            sheet.line([(center, 397), (center, 387)])
+            sheet.arrow((center, 368), (center, 358))
+            sheet.arrow((center, 339), (center, 324))
+    norm(438)
+    for low, high in ((249, 234), (295, 280), (211, 196)):
+        sheet.arrow((middle, low), (middle, high))
+    sheet.arrow((middle, 437), (middle, 428))
+
+    # The input.
+    words = ["The", "kettle", "leaks"]
+    kinds = ["trained"] * 3 + ["data"] * 3
+    widths = [22] * 3 + [36, 56, 48]
+    sheet.cells(left + 9, 494, widths, [""] * 3 + words, kinds, size=9)
+    sheet.arrow((middle, 492), (middle, 468))
+    sheet.text(middle, 534, "embeddings of the tokens", size=9, color=GREY)
+    sheet.text(24, 53, "residual paths left out", size=9, ha="left", color=GREY)
+
+    # Activations, inputs and norms, at the left.
+    note(24, 96, "activations", "IA3", "keys, values and the MLP’s\ninner values × vectors")
+    pointer((56, 113), (218, 113), (218, 138), (middle - 9, 138))
+    note(24, 316, "keys and values", "prefix tuning", "20 more virtual tokens\nin every layer")
+    pointer((146, 333), (218, 333), (218, 348), (thirds[1], 348))
+    note(24, 206, "norms", "LayerNorm tuning", "the scales the norms\nalready have")
+    pointer((166, 223), (left + 13, 223))
+    note(24, 474, "inputs", "prompt tuning", "20 virtual tokens in front\nof every text")
+    pointer((136, 491), (218, 491), (218, 506), (left + 8, 506))
+
+    # Weights, at the right.
+    x = 482
+    sheet.text(x, 32, "weights: beside every matrix W", size=9, ha="left", color=GREY)
+    sheet.box(x, 46, 72, 72, "W", "frozen", corner=0)
+    sheet.text(x + 87, 82, "+", size=11)
+    sheet.box(x + 102, 46, 12, 72, "", "trained", corner=0)
+    sheet.box(x + 120, 46, 72, 12, "", "trained", corner=0)
+    sheet.text(x + 108, 130, "B", size=9)
+    sheet.text(x + 156, 70, "A", size=9)
+    rows = [
+        ("LoRA", "learns B and A; adds α / r · B A"),
+        ("rsLoRA", "adds α / √r · B A"),
+        ("LoRA+", "has a higher rate for B than for A"),
+        ("DoRA", "learns the length of each row too"),
+        ("PiSSA, OLoRA", "start from W’s own directions"),
+        ("VeRA", "B, A random; learns two vectors"),
+    ]
+    for number, (name, text) in enumerate(rows):
+        y = 154 + 40 * number
+        sheet.text(x, y, name, bold=True, ha="left")
+        sheet.text(x, y + 17, text, size=9, ha="left")
+    sheet.line([(x, 400), (WIDTH - 24, 400)], FAINT, width=0.8)
+    sheet.text(x, 419, "weights: W itself, in which layers", size=9, ha="left", color=GREY)
+    for y, name, trained in ((440, "last layers", 5), (490, "full", 30)):
+        sheet.text(x, y, name, bold=True, ha="left")
+        kinds = ["frozen"] * (30 - trained) + ["trained"] * trained
+        sheet.cells(x, y + 11, [7] * 30, [""] * 30, kinds, height=18)
+    sheet.text(x, 534, "blue is trained, grey is frozen", size=9, ha="left", color=GREY)
+    return sheet.figure
+
+
 DRAWINGS: dict[str, Drawing] = {
     "tokens_and_labels": Drawing(
         tokens_and_labels,
@@ -788,6 +898,13 @@ DRAWINGS: dict[str, Drawing] = {
         "Two processes hold the same frozen weights and the same adapter, but each has its "
         "own rows of the batch. All-reduce averages their gradients, 0.4 and 0.2, to 0.3. "
         "Both take the same step, so their adapters stay equal.",
+    ),
+    "peft_methods": Drawing(
+        peft_methods,
+        "Where each method adds what it trains. Beside the matrices of a layer: LoRA and its "
+        "variants, VeRA. On activations: IA3 multiplies, prefix tuning adds keys and values. At "
+        "the input: prompt tuning adds virtual tokens. In the norms: LayerNorm tuning. Last "
+        "layers and full train the matrices themselves.",
     ),
 }
 NAMES = tuple(DRAWINGS)

@@ -228,6 +228,7 @@ def scores_after_references(
         value_accuracy: fraction of the values' tokens that are right
         confidence: mean probability of the likeliest token, over the values' tokens
         row_loss: mean loss of each row, in their order
+        row_right: whether every token of the row's answer is right
 
     Raises:
         ValueError: no answer is a flat JSON object.
@@ -247,14 +248,16 @@ def scores_after_references(
         return torch.cat(chosen).float().mean().item()
 
     hits = [row[mask].all() for row, masks in zip(right, fields, strict=True) for mask in masks]
+    whole = torch.stack([row.all() for row in right])
     return {
         "loss": torch.cat(losses).mean().item(),
         "value_loss": values(losses),
-        "exact_match": torch.stack([row.all() for row in right]).float().mean().item(),
+        "exact_match": whole.float().mean().item(),
         "fields_right": torch.stack(hits).float().mean().item(),
         "value_accuracy": values(right),
         "confidence": values(sure),
         "row_loss": [row.mean().item() for row in losses],
+        "row_right": whole.tolist(),
     }
 
 

@@ -18,6 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 
 if TYPE_CHECKING:
     from helpers.memory import Plan
@@ -256,11 +257,22 @@ def lines(
     title: str,
     xlabel: str,
     ylabel: str,
+    ratios: bool = False,
 ) -> Figure:
-    """Draw one line per name: {"name": (x values, y values)}."""
+    """Draw one line per name: {"name": (x values, y values)}.
+
+    Args:
+        ratios: equal distances on the horizontal axis stand for equal ratios; each point is marked.
+    """
     figure, axes = _axes(title, xlabel, ylabel)
-    for (name, (x, y)), style in zip(curves.items(), cycle(["-", "--", "-.", ":"]), strict=False):
-        axes.plot(x, y, linestyle=style, label=name)
+    looks = zip(cycle(["-", "--", "-.", ":"]), cycle("oD^s") if ratios else cycle([""]))
+    for (name, (x, y)), (style, marker) in zip(curves.items(), looks, strict=False):
+        axes.plot(x, y, linestyle=style, marker=marker, label=name)
+    if ratios:
+        ticks = sorted({value for x, _ in curves.values() for value in x})
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if len(curves) > 1:
         _legend(axes)
     return figure
@@ -594,3 +606,53 @@ def memory_plan(plan: Plan, devices: Mapping[str, int]) -> Figure:
     where = f"fits on: {name}" if fits else "fits on none of these"
     title = f"{plan.method} takes {plan.total / 2**30:.1f} GiB and {where}"
     return memory_bars({plan.method: plan.components}, shown, title)
+
+
+def methods(
+    scores: Mapping[str, Sequence[float]],
+    trained: Mapping[str, int],
+    title: str,
+    xlabel: str,
+    reference: tuple[str, tuple[float, float]],
+) -> Figure:
+    """Draw trained parameters and scores of methods side by side, a line for each method.
+
+    Args:
+        scores: {"LoRA": [0.5, 0.6, 0.5], ...}: the score of each seed, from 0 to 1.
+        trained: how many parameters each method trains; the most stand at the top.
+        title: the finding.
+        xlabel: what was scored, in percent.
+        reference: a method and its interval, drawn as a band behind all others.
+    """
+    names = sorted(scores, key=lambda name: -trained[name])
+    figure = _chart((7.6, 1.3 + 0.3 * len(names)))
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=[1, 2.3])
+    sizes, axes = (_styled(panel) for panel in panels)
+    for line, name in enumerate(names):
+        sizes.plot([1, trained[name]], [line, line], color=GREY, linewidth=1.2)
+        sizes.plot([trained[name]], [line], "o", color=GREY, markersize=5)
+        seen = [100 * score for score in scores[name]]
+        mean = sum(seen) / len(seen)
+        axes.plot([min(seen), max(seen)], [line, line], color=BLUE, linewidth=3, alpha=0.4)
+        axes.plot(seen, [line] * len(seen), "o", color=BLUE, markersize=5)
+        axes.plot([mean, mean], [line - 0.3, line + 0.3], color=INK, linewidth=1.4)
+    method, (low, high) = reference
+    axes.axvspan(100 * low, 100 * high, color=SKY, alpha=0.2, linewidth=0, zorder=0)
+    sizes.set_xscale("log")
+    sizes.set_xlim(left=3e3)
+    sizes.xaxis.set_minor_formatter(NullFormatter())
+    sizes.set_xlabel("trained parameters")
+    sizes.set_yticks(range(len(names)), names)
+    sizes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(-2, 100)
+    axes.set_xlabel(xlabel)
+    axes.plot([], [], "o", color=BLUE, markersize=5, label="a dot a seed")
+    axes.plot([], [], color=INK, marker="|", linestyle="", markersize=10, label="their mean")
+    band = {"color": SKY, "alpha": 0.2, "linewidth": 0}
+    axes.fill_between([], [], [], label=f"95 % interval of {method}", **band)
+    for panel in (sizes, axes):
+        panel.grid(False, axis="y")
+    labels = axes.get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure

@@ -59,6 +59,7 @@ def test_names_are_the_contract():
         "fine_tuning",
         "tracking",
         "data_parallel",
+        "peft_methods",
     }
 
 

@@ -316,6 +316,7 @@ def test_losses_and_scores_are_those_of_a_plain_loop(
         "value_accuracy": pytest.approx(np.mean([right for _, right, _ in values])),
         "confidence": pytest.approx(np.mean([sure for _, _, sure in values]), abs=1e-5),
         "row_loss": pytest.approx([np.mean(row) for row in per_row], abs=1e-5),
+        "row_right": exact,
     }
     for size in (1, 5, 100):
         assert answer_losses(tiny_model, tiny_tokenizer, rows, size) == losses

@@ -58,6 +58,11 @@ def test_a_record_is_whole(name: str, record: dict[str, Any]) -> None:
         if record[split] is None:
             continue
         references = [ticket_json(row) for row in load_triage()[split]]
+        if not EXPERIMENTS[name].answered:
+            right = record[split]["row_right"]
+            assert len(right) == len(references)
+            assert record[split]["exact_match"] == pytest.approx(sum(right) / len(right), abs=1e-4)
+            continue
         answers = experiments.answers(record, split)
         again = evaluation.score(answers, references)
         assert {key: record[split][key] for key in again} == again
@@ -245,6 +250,73 @@ def test_scores_while_training_are_those_after_references(
     for scores in record["epochs"]:
         assert len(scores["row_loss"]) == 4 and 0 <= scores["fields_right"] <= 1
     assert record["epochs"][-1]["loss"] == pytest.approx(record["validation"]["loss"], abs=1e-3)
+
+
+def test_validation_is_judged_after_references_where_nothing_is_answered(
+    small: list[Trial], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = Trial("judged", 3, small[0].settings)
+    experiment = catalogue.Experiment("?", lambda: [trial], answered=False)
+    monkeypatch.setitem(EXPERIMENTS, "small", experiment)
+    assert runner.run(["small"]) == []
+    (record,) = experiments.read("small")
+    scores = record["validation"]
+    assert "answers" not in scores and not record["epochs"]
+    assert sum(scores["row_right"]) / len(scores["row_right"]) == scores["exact_match"]
+
+
+def test_a_rate_at_the_end_of_a_sweep_asks_for_one_beyond_it_at_most_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    losses: dict[str, float] = {}
+    monkeypatch.setattr(
+        catalogue,
+        "read",
+        lambda name: [
+            {"label": label, "validation": {"loss": loss}} for label, loss in losses.items()
+        ],
+    )
+
+    def told(name: str) -> list[tuple[int, float, int]]:
+        """(epochs, learning rate, seed) of the planned runs of a method."""
+        plan = (trial for trial in catalogue.methods() if trial.settings["peft"] == name)
+        return [(t.settings["epochs"], t.settings["learning_rate"], t.seed) for t in plan]
+
+    def record(name: str, rate: float, loss: float) -> None:
+        losses[f"{catalogue._at(name, rate)}, one epoch"] = loss
+
+    tried = [(1, 3e-4, 0), (1, 1e-3, 0), (1, 3e-3, 0)]
+    assert told("LoRA") == tried
+    record("LoRA", 3e-4, 0.4)
+    record("LoRA", 1e-3, 0.2)
+    assert told("LoRA") == tried
+    record("LoRA", 3e-3, 0.3)
+    assert told("LoRA") == [*tried, (3, 1e-3, 0), (3, 1e-3, 1), (3, 1e-3, 2)]
+
+    record("LoRA", 3e-3, 0.195)  # lower, but by less than the tie
+    assert told("LoRA") == [*tried, (1, 9e-3, 0)]
+    record("LoRA", 9e-3, 0.4)
+    assert told("LoRA")[4:] == [(3, 1e-3, 0), (3, 1e-3, 1), (3, 1e-3, 2)]
+
+    for rate, loss in ((3e-3, 0.5), (1e-2, 0.4), (3e-2, 0.3)):
+        record("LayerNorm tuning", rate, loss)
+    assert told("LayerNorm tuning")[3:] == [(1, 9e-2, 0)]
+    record("LayerNorm tuning", 9e-2, 0.2)
+    assert told("LayerNorm tuning")[3:] == [(1, 9e-2, 0), (1, 0.3, 0)]
+    record("LayerNorm tuning", 0.3, 0.1)
+    assert told("LayerNorm tuning")[5:] == [(3, 0.3, 0), (3, 0.3, 1), (3, 0.3, 2)]
+
+    for rate, loss in ((3e-5, 0.1), (1e-4, 0.2), (3e-4, 0.3)):
+        record("full", rate, loss)
+    assert told("full")[3:] == [(1, 1e-5, 0)]
+
+
+def test_the_first_steps_are_those_of_the_whole_run(small: list[Trial]) -> None:
+    (trial,) = [t for t in small if "dropout" in t.label]
+    assert runner.run(["small"], only="dropout") == []
+    (record,) = experiments.read("small")
+    again = runner.first_losses("small", record["settings"], trial.seed, 3)
+    assert again == pytest.approx(record["losses"][:3], abs=1e-3)
 
 
 def test_verify_agrees_with_a_record_and_notices_a_changed_one(

@@ -21,6 +21,7 @@ DECOMPOSED = {"PiSSA", "OLoRA"}
 # What the names of all trained parameters contain.
 TRAINED = {
     "LoRA": "lora_",
+    "LoRA of rank 1": "lora_",
     "rsLoRA": "lora_",
     "LoRA+": "lora_",
     "DoRA": "lora_",
@@ -218,7 +219,7 @@ def test_lora_plus_trains_b_faster_than_a() -> None:
 
 def test_errors_say_what_to_choose() -> None:
     model = models.load_model(TINY)
-    with pytest.raises(CourseError, match="one of LoRA, rsLoRA"):
+    with pytest.raises(CourseError, match="one of LoRA, LoRA of rank 1"):
         methods.prepare(model, "lora")
     with pytest.raises(CourseError, match="fp32"):
         methods.prepare(model.bfloat16(), "LoRA")

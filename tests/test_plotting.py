@@ -29,6 +29,9 @@ CHARTS = {
         doubling=True,
     ),
     "lines": lambda: plotting.lines({"x": ([1, 2], [3, 4])}, "Title", "x", "y"),
+    "methods": lambda: plotting.methods(
+        {"a": [0.4, 0.5], "b": [0.1]}, {"a": 1000, "b": 100_000}, "Title", "x", ("a", (0.3, 0.6))
+    ),
     "bars": lambda: plotting.bars({"x": 1.0, "y": 2.0}, "Title", "x"),
     "trade_off": lambda: plotting.trade_off({"x": ([1, 2], [3, 4])}, "Title", "x", "y"),
     "points": lambda: plotting.points({"x": (1, 2), "y": (3, 4)}, "Title", "x", "y"),
@@ -115,3 +118,18 @@ def test_a_spread_shows_the_means_and_every_run() -> None:
     assert any(y == pytest.approx([15, 45]) for y in drawn)
     assert any(y == pytest.approx([40, 50]) for y in drawn)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32"]
+
+
+def test_methods_stand_from_the_most_to_the_fewest_parameters() -> None:
+    sizes, axes = CHARTS["methods"]().axes
+    assert [label.get_text() for label in sizes.get_yticklabels()] == ["b", "a"]
+    dots = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [[10], [40, 50], []]  # the last is the legend's
+    assert [text.get_text() for text in axes.get_figure().legends[0].texts][2].endswith("of a")
+
+
+def test_lines_of_ratios_name_every_value() -> None:
+    curves = {"a": ([1e-4, 3e-4], [2, 1]), "b": ([3e-4, 1e-3], [1, 2])}
+    axes = plotting.lines(curves, "Title", "x", "y", ratios=True).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.0001", "0.0003", "0.001"]
+    assert axes.get_xscale() == "log"

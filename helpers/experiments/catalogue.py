@@ -6,6 +6,7 @@ Every choice is made on the validation split. The test split is scored at the en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,12 +46,15 @@ class Experiment:
         plan: the runs that are known so far. Later stages follow from the records of earlier ones.
         scored: when the validation split is answered: "end", or after every "epoch" too; with
             "evaluation" it is scored after the reference's beginnings, whenever the loss is taken.
+        answered: write the answers to the validation split at the end; without it they are judged
+            after the reference's beginnings, which is faster.
         tested: answer the test split at the end.
     """
 
     question: str
     plan: Callable[[], list[Trial]]
     scored: str = "end"
+    answered: bool = True
     tested: bool = False
 
 
@@ -222,34 +226,45 @@ def cures() -> list[Trial]:
     ]
 
 
+TIE = 0.01  # nats
+
+
 def methods() -> list[Trial]:
-    """Each method of PEFT at three rates or more; then two more seeds at the best of them.
+    """Each method of PEFT for one epoch at three rates or more; then longer, over three seeds.
 
-    Where the best rate is the lowest or the highest, one beyond it is tried, at most twice.
+    Where the rate with the lowest loss is the lowest or the highest that was tried, one beyond it
+    is tried too, at most twice. Of the rates within `TIE` of the lowest loss the lowest is taken:
+    longer runs want lower rates, and at lower rates a model forgets less.
     """
-    half = {"rows": 228, "epochs": 6, "batch_size": 4, "method": "full"}
-    records = [record for record in read("methods") if record["seed"] == 0]
+    half = {"rows": 228, "batch_size": 4, "method": "full", "arguments": {"eval_strategy": "no"}}
+    losses = {
+        record["label"]: math.inf if (loss := record["validation"]["loss"]) is None else loss
+        for record in read("methods")
+    }
 
-    def trial(name: str, rate: float, seed: int) -> Trial:
-        change = {"peft": name, "learning_rate": rate}
-        return Trial(_at(name, rate), seed, half | change)
+    def short(name: str, rate: float) -> Trial:
+        change = {"epochs": 1, "peft": name, "learning_rate": rate}
+        return Trial(f"{_at(name, rate)}, one epoch", 0, half | change)
 
-    def tried(name: str, rates: list[float]) -> tuple[list[float], float | None]:
-        by_label = {_at(name, rate): rate for rate in rates}
-        found = by_label.get(best(records, by_label) or "")
+    def swept(name: str, rates: list[float]) -> tuple[list[float], float | None]:
+        """The rates to be tried, and the best of them once all are recorded."""
+        by_rate = {rate: losses.get(short(name, rate).label) for rate in rates}
+        if None in by_rate.values():
+            return rates, None
+        found = min(by_rate, key=by_rate.__getitem__)
         step = round(max(rates) / sorted(rates)[-2], 1)
-        beyond = {min(rates): min(rates) / step, max(rates): max(rates) * step}.get(found or 0.0)
+        beyond = {min(rates): min(rates) / step, max(rates): max(rates) * step}.get(found)
         if beyond is None or len(rates) >= len(METHODS[name].rates) + 2:
-            return rates, found
-        return tried(name, [*rates, float(f"{beyond:.0e}")])
+            near = [rate for rate in rates if by_rate[rate] <= by_rate[found] + TIE]
+            return rates, min(near)
+        return swept(name, [*rates, float(f"{beyond:.0e}")])
 
-    swept = {name: tried(name, list(method.rates)) for name, method in METHODS.items()}
-    trials = [trial(name, rate, 0) for name, (rates, _) in swept.items() for rate in rates]
-    return trials + [
-        trial(name, found, seed)
-        for name, (_, found) in swept.items()
-        if found is not None
-        for seed in SEEDS[1:]
+    tried = {name: swept(name, list(method.rates)) for name, method in METHODS.items()}
+    return [short(name, rate) for name, (rates, _) in tried.items() for rate in rates] + [
+        Trial(_at(name, rate), seed, half | {"epochs": 3, "peft": name, "learning_rate": rate})
+        for seed in SEEDS
+        for name, (_, rate) in tried.items()
+        if rate is not None
     ]
 
 
@@ -260,6 +275,6 @@ EXPERIMENTS = {
     ),
     "rows": Experiment("From how many labelled rows on does it pay?", rows, tested=True),
     "settings": Experiment("What do rank, alpha, targets and the rest change?", settings),
-    "methods": Experiment("Which PEFT method, each at its own best rate?", methods),
+    "methods": Experiment("Which PEFT method, each at its own best rate?", methods, answered=False),
     "cures": Experiment("What helps against overfitting?", cures, "evaluation"),
 }

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import platform
 import tempfile
@@ -149,7 +150,8 @@ def _trained(
         if stop_after:
             return {"losses": losses}
         model = prepared.model
-        scores = {"validation": scoring.whole(model)}
+        scored = scoring.whole if experiment.answered else scoring.after_references
+        scores = {"validation": scored(model)}
         if experiment.tested:
             test = triage["test"]
             answers = scoring.answer(model, test)
@@ -267,9 +269,9 @@ class _Scoring(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.when == "evaluation":
-            self._add(state, self._after_references, kwargs["model"])
+            self._add(state, self.after_references, kwargs["model"])
 
-    def _after_references(self, model: Any) -> dict[str, Any]:
+    def after_references(self, model: Any) -> dict[str, Any]:
         scores = evaluation.scores_after_references(model, self.tokenizer, self.rows)
         scores["row_loss"] = [round(loss, 3) for loss in scores["row_loss"]]
         return {
@@ -283,6 +285,7 @@ class _Scoring(TrainerCallback):
             self.peak = max(self.peak, memory.peak_memory_bytes("cuda"))
         scores = score(model)
         scores.pop("answers", None)
+        scores.pop("row_right", None)
         self.scores.append({"epoch": state.epoch, "step": state.global_step} | scores)
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -470,7 +473,7 @@ def _quietly(name: str, trial: Trial, keep: Path | None, jobs: int) -> dict[str,
 
 
 def _append(name: str, record: dict[str, Any]) -> None:
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
     with (RUNS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     score = record["validation"]["exact_match"]
@@ -481,7 +484,29 @@ def _append(name: str, record: dict[str, Any]) -> None:
     )
 
 
+def _finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON does not know."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
 # -- repeat ------------------------------------------------------------------------------------
+
+
+def first_losses(name: str, settings: dict[str, Any], seed: int, steps: int) -> list[float]:
+    """The losses of the first optimizer steps of a run, with the schedule of the whole run.
+
+    Args:
+        name: of the experiment.
+        settings: of a record or a `Trial`, changed or not.
+    """
+    trial = Trial(name, seed, settings)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        made = _trained(EXPERIMENTS[name], trial, data.load_triage(), stop_after=steps)
+    return made["losses"]
 
 
 def verify(name: str, only: str | None = None, steps: int = 5) -> tuple[str, bool]:
@@ -503,16 +528,14 @@ def verify(name: str, only: str | None = None, steps: int = 5) -> tuple[str, boo
             f"`python -m helpers.experiments list` shows what there is."
         )
     record = min(records, key=lambda r: r["tokens"])
-    trial = Trial(record["label"], record["seed"], record["settings"])
     threads = torch.get_num_threads()
     if record["machine"]["device"] == "cpu":  # in bf16 sums depend on how many there are
         torch.set_num_threads(record["machine"]["threads"])
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            made = _trained(EXPERIMENTS[name], trial, data.load_triage(), stop_after=steps)
+        losses = first_losses(name, record["settings"], record["seed"], steps)
     finally:
         torch.set_num_threads(threads)
-    pairs = list(zip(made["losses"], record["losses"], strict=False))[:steps]
+    pairs = list(zip(losses, record["losses"], strict=False))[:steps]
     off = max(abs(now - then) for now, then in pairs)
     here, there = _machine(), record["machine"]
     precision = record["settings"]["precision"]
