@@ -644,7 +644,7 @@ def methods(
     sizes.set_xlabel("trained parameters")
     sizes.set_yticks(range(len(names)), names)
     sizes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(-2, 100)
+    axes.set_xlim(left=-2)
     axes.set_xlabel(xlabel)
     axes.plot([], [], "o", color=BLUE, markersize=5, label="a dot a seed")
     axes.plot([], [], color=INK, marker="|", linestyle="", markersize=10, label="their mean")

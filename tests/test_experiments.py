@@ -34,7 +34,7 @@ def ids(value: Any) -> str:
 
 
 def test_what_the_notebooks_rest_on_is_recorded() -> None:
-    assert len(RECORDED) >= 80
+    assert len(RECORDED) >= 150
     trials = [t for t in EXPERIMENTS["rates"].plan() if t.label in catalogue.CANDIDATES]
     trials += [Trial(label, 0) for label in ("rules", *catalogue.PROMPTS)]
     trials += [Trial("lora", seed) for seed in catalogue.SEEDS]
@@ -45,6 +45,8 @@ def test_what_the_notebooks_rest_on_is_recorded() -> None:
         for seed in catalogue.SEEDS
     ]
     trials += EXPERIMENTS["cures"].plan()
+    later = {"LoRA+", "OLoRA", "VeRA", "prefix tuning"}  # not all of their runs are made yet
+    trials += [t for t in EXPERIMENTS["methods"].plan() if t.settings["peft"] not in later]
     seen = {(record["label"], record["seed"]) for _, record in RECORDED}
     assert {(trial.label, trial.seed) for trial in trials} <= seen
 
@@ -296,7 +298,8 @@ def test_a_rate_at_the_end_of_a_sweep_asks_for_one_beyond_it_at_most_twice(
     record("LoRA", 3e-3, 0.195)  # lower, but by less than the tie
     assert told("LoRA") == [*tried, (1, 9e-3, 0)]
     record("LoRA", 9e-3, 0.4)
-    assert told("LoRA")[4:] == [(3, 1e-3, 0), (3, 1e-3, 1), (3, 1e-3, 2)]
+    both = [(3, rate, seed) for seed in (0, 1, 2) for rate in (1e-3, 3e-3)]
+    assert told("LoRA")[4:] == both
 
     for rate, loss in ((3e-3, 0.5), (1e-2, 0.4), (3e-2, 0.3)):
         record("LayerNorm tuning", rate, loss)

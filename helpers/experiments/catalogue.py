@@ -234,7 +234,8 @@ def methods() -> list[Trial]:
 
     Where the rate with the lowest loss is the lowest or the highest that was tried, one beyond it
     is tried too, at most twice. Of the rates within `TIE` of the lowest loss the lowest is taken:
-    longer runs want lower rates, and at lower rates a model forgets less.
+    longer runs want lower rates, and at lower rates a model forgets less. Where that is another
+    rate than the one of the lowest loss, both are recorded.
     """
     half = {"rows": 228, "batch_size": 4, "method": "full", "arguments": {"eval_strategy": "no"}}
     losses = {
@@ -246,25 +247,25 @@ def methods() -> list[Trial]:
         change = {"epochs": 1, "peft": name, "learning_rate": rate}
         return Trial(f"{_at(name, rate)}, one epoch", 0, half | change)
 
-    def swept(name: str, rates: list[float]) -> tuple[list[float], float | None]:
-        """The rates to be tried, and the best of them once all are recorded."""
+    def swept(name: str, rates: list[float]) -> tuple[list[float], list[float]]:
+        """The rates to be tried, and the best of them once all are recorded: one, or two."""
         by_rate = {rate: losses.get(short(name, rate).label) for rate in rates}
         if None in by_rate.values():
-            return rates, None
+            return rates, []
         found = min(by_rate, key=by_rate.__getitem__)
         step = round(max(rates) / sorted(rates)[-2], 1)
         beyond = {min(rates): min(rates) / step, max(rates): max(rates) * step}.get(found)
         if beyond is None or len(rates) >= len(METHODS[name].rates) + 2:
             near = [rate for rate in rates if by_rate[rate] <= by_rate[found] + TIE]
-            return rates, min(near)
+            return rates, sorted({min(near), found})
         return swept(name, [*rates, float(f"{beyond:.0e}")])
 
     tried = {name: swept(name, list(method.rates)) for name, method in METHODS.items()}
     return [short(name, rate) for name, (rates, _) in tried.items() for rate in rates] + [
         Trial(_at(name, rate), seed, half | {"epochs": 3, "peft": name, "learning_rate": rate})
         for seed in SEEDS
-        for name, (_, rate) in tried.items()
-        if rate is not None
+        for name, (_, best_rates) in tried.items()
+        for rate in best_rates
     ]
 
 

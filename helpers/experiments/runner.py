@@ -505,8 +505,7 @@ def first_losses(name: str, settings: dict[str, Any], seed: int, steps: int) -> 
     """
     trial = Trial(name, seed, settings)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        made = _trained(EXPERIMENTS[name], trial, data.load_triage(), stop_after=steps)
-    return made["losses"]
+        return _trained(EXPERIMENTS[name], trial, data.load_triage(), stop_after=steps)["losses"]
 
 
 def verify(name: str, only: str | None = None, steps: int = 5) -> tuple[str, bool]:
