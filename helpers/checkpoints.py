@@ -95,17 +95,18 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader never sees half a file. NaN and infinity become null."""
     unfinished = path.with_name(path.name + ".unfinished")
-    text = json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)
     unfinished.write_text(text + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same content with None for NaN and infinity, which JSON does not know."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- training ----------------------------------------------------------------------------------

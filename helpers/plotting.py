@@ -7,7 +7,7 @@ of color vision can tell apart; lines differ in dashes or markers too, so grey p
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,13 @@ def _axes(
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     return figure, axes
+
+
+def _equal_ratios(axes: Axes, amounts: Iterable[Iterable[float]]) -> None:
+    """Let equal distances on the horizontal axis stand for equal ratios, and name every amount."""
+    ticks = sorted({amount for each in amounts for amount in each})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
 
 
 def _legend(axes: Axes, outside: bool = False, **options: Any) -> None:
@@ -244,9 +251,7 @@ def spread(
         for amount, scores in zip(amounts, seen, strict=True):
             axes.plot([amount] * len(scores), scores, ".", color=color, markersize=4)
     if doubling:
-        ticks = sorted({amount for values in curves.values() for amount in values})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        _equal_ratios(axes, curves.values())
     axes.set_ylim(0, 100)
     _legend(axes)
     return figure
@@ -257,22 +262,20 @@ def lines(
     title: str,
     xlabel: str,
     ylabel: str,
-    ratios: bool = False,
+    doubling: bool = False,
 ) -> Figure:
     """Draw one line per name: {"name": (x values, y values)}.
 
     Args:
-        ratios: equal distances on the horizontal axis stand for equal ratios; each point is marked.
+        doubling: equal distances on the horizontal axis stand for equal ratios, and each point is
+            marked.
     """
     figure, axes = _axes(title, xlabel, ylabel)
-    looks = zip(cycle(["-", "--", "-.", ":"]), cycle("oD^s") if ratios else cycle([""]))
+    looks = zip(cycle(["-", "--", "-.", ":"]), cycle("oD^s") if doubling else cycle([""]))
     for (name, (x, y)), (style, marker) in zip(curves.items(), looks, strict=False):
         axes.plot(x, y, linestyle=style, marker=marker, label=name)
-    if ratios:
-        ticks = sorted({value for x, _ in curves.values() for value in x})
-        axes.set_xscale("log")
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    if doubling:
+        _equal_ratios(axes, (x for x, _ in curves.values()))
     if len(curves) > 1:
         _legend(axes)
     return figure

@@ -128,8 +128,8 @@ def test_methods_stand_from_the_most_to_the_fewest_parameters() -> None:
     assert [text.get_text() for text in axes.get_figure().legends[0].texts][2].endswith("of a")
 
 
-def test_lines_of_ratios_name_every_value() -> None:
+def test_lines_name_every_amount_where_distances_are_ratios() -> None:
     curves = {"a": ([1e-4, 3e-4], [2, 1]), "b": ([3e-4, 1e-3], [1, 2])}
-    axes = plotting.lines(curves, "Title", "x", "y", ratios=True).axes[0]
+    axes = plotting.lines(curves, "Title", "x", "y", doubling=True).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.0001", "0.0003", "0.001"]
     assert axes.get_xscale() == "log"

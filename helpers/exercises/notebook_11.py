@@ -103,7 +103,7 @@ def _alike(
 
 def _best(losses: Losses) -> float:
     """The rate with the lowest loss; one that diverged is not the best."""
-    return min((rate for rate in losses if losses[rate] == losses[rate]), key=losses.__getitem__)
+    return min((rate for rate in losses if not math.isnan(losses[rate])), key=losses.__getitem__)
 
 
 def _next(losses: Losses) -> float | None:

@@ -13,7 +13,8 @@ A record is a line of data/runs/NAME.jsonl:
     train, eval               [[step, loss], ...]: means of some steps, and of some validation rows
     epochs                    scores on the whole validation split while training, where asked for:
                               of answers, or (`cures`) of `evaluation.scores_after_references`
-    validation, test          scores, losses and answers at the end; test only where it was scored
+    validation, test          scores, losses and answers at the end; test only where it was scored.
+                              `methods` has the scores after the reference's beginnings instead
     seconds, tokens           of the training steps; runs beside it make them slower
     peak_memory_bytes, trainable_parameters, saved_bytes
     prose_perplexity          on text of another kind: what the model has forgotten

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import math
 import os
 import platform
 import tempfile
@@ -25,6 +24,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from helpers import (
     CourseError,
+    checkpoints,
     data,
     encoding,
     evaluation,
@@ -473,7 +473,7 @@ def _quietly(name: str, trial: Trial, keep: Path | None, jobs: int) -> dict[str,
 
 
 def _append(name: str, record: dict[str, Any]) -> None:
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False)
+    line = json.dumps(checkpoints.finite(record), ensure_ascii=False, allow_nan=False)
     with (RUNS / f"{name}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line + "\n")
     score = record["validation"]["exact_match"]
@@ -482,15 +482,6 @@ def _append(name: str, record: dict[str, Any]) -> None:
         f"{record['seconds'] or 0:.0f} s",
         flush=True,
     )
-
-
-def _finite(value: Any) -> Any:
-    """The same with None for every number that is not finite, which JSON does not know."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list) else value
 
 
 # -- repeat ------------------------------------------------------------------------------------
